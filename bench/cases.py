@@ -1,0 +1,96 @@
+"""What is measured: one optimiser step's worth of head work, forward and backward, by different implementations.
+
+Shape letters: N rows (response tokens), D hidden size, V vocabulary, K candidate slots.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import ipvrm_core
+from ipvrm_core import PolicyBatch
+from ipvrm_core.bench import naive
+
+
+@dataclass(frozen=True)
+class Shape:
+    N: int = 2048
+    D: int = 256
+    V: int = 151936  # Qwen3
+
+
+@dataclass(frozen=True)
+class Inputs:
+    hidden_ND: Tensor
+    weight_VD: Tensor
+    batch: PolicyBatch
+
+
+@dataclass(frozen=True)
+class Case:
+    """`function` is distrl_loss or linear_logprobs; a frozen head needs no gradient of the weight."""
+
+    function: str
+    frozen: bool
+    shape: Shape = Shape()
+
+    @property
+    def name(self) -> str:
+        return f"{self.function}, {'frozen' if self.frozen else 'trained'} head"
+
+
+IMPLEMENTATIONS = ("naive", "chunked")
+LOGIT_STD = 8.0  # peaked rows as a trained model has them: about one candidate with p >= 0.1
+
+
+def make_inputs(shape: Shape, seed: int = 0) -> Inputs:
+    """float32 on CPU. The old policy is the current one up to noise of 0.2 nats, so some ratios are clipped."""
+    rng = torch.Generator().manual_seed(seed)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=rng)
+
+    hidden_ND, weight_VD = normal(shape.N, shape.D) * LOGIT_STD, normal(shape.V, shape.D) / shape.D**0.5
+    sampled_N = torch.randint(shape.V, (shape.N,), generator=rng)
+    old = ipvrm_core.select_candidates(hidden_ND, weight_VD, sampled_N, 0.1, keep_sampled=True)
+    weights_N = torch.full((shape.N,), 1 / shape.N)
+    batch = PolicyBatch(
+        sampled_ids_N=sampled_N,
+        old_logprobs_N=old.sampled_logprobs_N + 0.2 * normal(shape.N),
+        advantages_N=normal(shape.N),
+        token_weights_N=weights_N,
+        candidate_ids_NK=old.ids_NK,
+        candidate_old_logprobs_NK=old.logprobs_NK + 0.2 * normal(*old.ids_NK.shape),
+        candidate_advantages_NK=normal(*old.ids_NK.shape),
+        candidate_weights_N=weights_N,
+    )
+    return Inputs(hidden_ND, weight_VD, batch)
+
+
+def step(case: Case, inputs: Inputs, implementation: str, **options) -> Callable[[], list[Tensor]]:
+    """A callable that runs forward and backward once and returns the gradients. `options` go to the chunked function."""
+    hidden_ND = inputs.hidden_ND.requires_grad_()
+    weight_VD = inputs.weight_VD.requires_grad_(not case.frozen)
+    wanted = [hidden_ND] if case.frozen else [hidden_ND, weight_VD]
+    ids_NK = inputs.batch.ids_NK
+    module = naive if implementation == "naive" else ipvrm_core
+    options = options if implementation == "naive" else {"backend": implementation, **options}
+
+    def run() -> list[Tensor]:
+        if case.function == "distrl_loss":
+            loss = module.distrl_loss(hidden_ND, weight_VD, inputs.batch, **options)[0]
+        else:
+            loss = module.linear_logprobs(hidden_ND, weight_VD, ids_NK, **options)[0].mean()
+        return list(torch.autograd.grad(loss, wanted))
+
+    return run
+
+
+def check_agreement(case: Case, inputs: Inputs) -> None:
+    """No number without this: both implementations give the same gradients, to 1e-4 of the largest entry."""
+    for ours, theirs in zip(*(step(case, inputs, name)() for name in ("chunked", "naive")), strict=True):
+        error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        if not error < 1e-4:
+            raise AssertionError(f"{case.name}: gradients of chunked and naive differ by {error:.1e} of the largest")

@@ -1,0 +1,81 @@
+"""Input checks of the public functions: ValueError with name, expectation and what was given.
+
+Values are looked at on CPU only, where looking waits for no device, and not while torch.compile traces.
+"""
+
+import torch
+from torch import Tensor
+
+from ipvrm_core.chunked.head import default_buffer_bytes
+
+
+def check_head(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[int, int]:
+    """(N, V). With weight=None `hidden` is the logits [N, V]."""
+    name, letters = ("logits", "[N, V]") if weight is None else ("hidden", "[N, D]")
+    _check_matrix(name, letters, hidden)
+    if weight is None:
+        V = hidden.shape[1]
+    else:
+        _check_matrix("weight", "[V, D]", weight)
+        if weight.shape[1] != hidden.shape[1]:
+            raise ValueError(f"weight must be [V, D] with D = {hidden.shape[1]}; got shape {tuple(weight.shape)}")
+        _check_device("weight", weight, hidden)
+        V = weight.shape[0]
+    if V < 1:
+        raise ValueError("the vocabulary must have at least one token; got V = 0")
+    if bias is not None:
+        if bias.shape != (V,) or not bias.is_floating_point():
+            raise ValueError(f"bias must be floating point [V] = ({V},); got {bias.dtype}, shape {tuple(bias.shape)}")
+        _check_device("bias", bias, hidden)
+    return hidden.shape[0], V
+
+
+def check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], V: int, like: Tensor) -> None:
+    """int64 of the given shape (None: any size) with values below V; negative values are padding."""
+    fits = ids.dim() == len(shape) and all(want in (None, got) for want, got in zip(shape, ids.shape, strict=True))
+    if not fits or ids.dtype != torch.int64:
+        letters = ", ".join("K" if size is None else f"N = {size}" for size in shape)
+        raise ValueError(f"{name} must be int64 [{letters}]; got {ids.dtype}, shape {tuple(ids.shape)}")
+    _check_device(name, ids, like)
+    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() and ids.max() >= V:
+        raise ValueError(f"{name} must be below V = {V}; got {int(ids.max())}")
+
+
+def check_temperature(temperature: float) -> None:
+    """A positive number divides the logits."""
+    if not temperature > 0:
+        raise ValueError(f"temperature must be > 0; got {temperature}")
+
+
+def check_rule(rule: dict, N: int, like: Tensor) -> None:
+    """The arguments of the candidate rule that have a range."""
+    p_min, top_k, exclude = rule["p_min"], rule["top_k"], rule["exclude"]
+    if not 0 < p_min <= 1:
+        raise ValueError(f"p_min must be in (0, 1]; got {p_min}")
+    if top_k is not None and top_k < 0:
+        raise ValueError(f"top_k must be >= 0 or None; got {top_k}")
+    if exclude is not None:
+        if exclude.shape != (N,) or exclude.dtype != torch.bool:
+            raise ValueError(f"exclude must be bool [N = {N}]; got {exclude.dtype}, shape {tuple(exclude.shape)}")
+        _check_device("exclude", exclude, like)
+
+
+def checked_budget(max_buffer_bytes: int | None, device: torch.device) -> int:
+    """The budget in bytes; None is the default of the device."""
+    if max_buffer_bytes is None:
+        return default_buffer_bytes(device)
+    if max_buffer_bytes < 1:
+        raise ValueError(f"max_buffer_bytes must be >= 1 or None; got {max_buffer_bytes}")
+    return max_buffer_bytes
+
+
+def _check_matrix(name: str, letters: str, x: Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"{name} must be {letters}; got shape {tuple(x.shape)}")
+    if not x.is_floating_point():
+        raise ValueError(f"{name} must be floating point; got {x.dtype}")
+
+
+def _check_device(name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on {like.device}; got {x.device}")

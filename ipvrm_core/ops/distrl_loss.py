@@ -1,0 +1,72 @@
+"""The DistRL objective: the clipped policy loss on the sampled token and on its candidates."""
+
+import math
+from dataclasses import astuple, fields
+
+import torch
+from torch import Tensor
+
+from ipvrm_core.chunked.distrl_loss import distrl_loss as chunked
+from ipvrm_core.ops import checks
+from ipvrm_core.ops.dispatch import resolve
+from ipvrm_core.reference.logprobs import head_logits
+from ipvrm_core.reference.policy_loss import distrl_loss_from_logits as reference
+from ipvrm_core.types import METRICS, PolicyBatch, PolicyLossConfig, PolicyLossOutput
+
+
+def distrl_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    batch: PolicyBatch,
+    config: PolicyLossConfig | None = None,
+    *,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+    max_buffer_bytes: int | None = None,
+) -> PolicyLossOutput:
+    """L = sum_t w_t l(rho_t(y_t), A_t) + alpha sum_t w'_t sum_{v in C_t} pi_old(v) l(rho_t(v), A_TD_t(v)) + ...
+
+    with l(rho, A) = -min(rho A, clip(rho) A) and pi = softmax((h W^T + b) / T); KL and entropy terms and all settings
+    are in PolicyLossConfig. hidden [N, D], weight [V, D], bias [V]; batch of N rows. Returns the loss (0-d, float32 or
+    float64) and the detached metrics of types.METRICS. N = 0: loss and metrics are 0, gradients are zeros.
+
+    The gradient flows into hidden, weight and bias through `loss`, once (no second derivative), and is made in the
+    forward: 2 products for a frozen weight, 3 with its gradient, 1 when nothing needs a gradient or under no_grad.
+    It is kept from forward to backward: [N, D] and [V, D] in the dtypes of hidden and weight. Under activation
+    checkpointing the forward runs twice, so leave the loss out of it.
+
+    max_buffer_bytes bounds the private [rows, V] buffers, one row at least; None is the device's default.
+    Raises ValueError for wrong shapes, dtypes or devices, for kl_coef > 0 without ref_logprobs_N and, on CPU, for
+    ids >= V. Source: the paper's equations as given in reference/policy_loss.py.
+    """
+    return _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes)
+
+
+def distrl_loss_from_logits(
+    logits: Tensor,
+    batch: PolicyBatch,
+    config: PolicyLossConfig | None = None,
+    *,
+    backend: str = "auto",
+    max_buffer_bytes: int | None = None,
+) -> PolicyLossOutput:
+    """`distrl_loss` of given logits [N, V], which stay as they are; the gradient is one [N, V] in their dtype."""
+    return _run(logits, None, None, batch, config, backend, max_buffer_bytes)
+
+
+def _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes) -> PolicyLossOutput:
+    config = config or PolicyLossConfig()
+    N, V = checks.check_head(hidden, weight, bias)
+    checks.check_ids("sampled_ids_N", batch.sampled_ids_N, (N,), V, hidden)
+    checks.check_ids("candidate_ids_NK", batch.candidate_ids_NK, (N, None), V, hidden)
+    if config.kl_coef and batch.ref_logprobs_N is None:
+        raise ValueError("kl_coef > 0 needs batch.ref_logprobs_N; got None")
+    budget = checks.checked_budget(max_buffer_bytes, hidden.device)
+    if resolve(backend, hidden.device) == "reference":
+        return reference(hidden if weight is None else head_logits(hidden, weight, bias), batch, config)
+
+    tensors = [getattr(batch, field.name) for field in fields(batch)]
+    settings = [math.inf if value is None else float(value) for value in astuple(config)]
+    need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    loss, metrics_M, *_ = chunked(hidden, weight, bias, [x for x in tensors if x is not None], settings, budget, need)
+    return PolicyLossOutput(loss, dict(zip(METRICS, metrics_M.unbind(), strict=True)))

@@ -1,0 +1,79 @@
+"""The candidate set C_t of every row, with the old log-probabilities."""
+
+import torch
+from torch import Tensor
+
+from ipvrm_core.chunked.select_candidates import select_candidates as chunked
+from ipvrm_core.ops import checks
+from ipvrm_core.ops.dispatch import resolve
+from ipvrm_core.reference.candidates import select_candidates_from_logits as reference
+from ipvrm_core.reference.logprobs import head_logits
+from ipvrm_core.types import Candidates
+
+
+def select_candidates(
+    hidden: Tensor,
+    weight: Tensor,
+    sampled_ids: Tensor,
+    p_min: float = 0.1,
+    *,
+    strict: bool = False,
+    top_k: int | None = None,
+    keep_sampled: bool = False,
+    exclude: Tensor | None = None,
+    bias: Tensor | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    max_buffer_bytes: int | None = None,
+) -> Candidates:
+    """C_t = { v : pi(v | s_t) >= P_min } with pi = softmax((h W^T + b) / T) over the full vocabulary; no gradient.
+
+    hidden [N, D], weight [V, D], bias [V], sampled_ids [N] int64 -> Candidates: ids [N, K] ascending and padded with
+    -1, log-probs [N, K] (0 at padding), counts [N], sampled log-prob [N], entropy [N] (nats). K = floor(1 / P_min), or
+    top_k if that is less, one more with keep_sampled, at most V. N = 0 gives empty results.
+
+    strict: > instead of >=. top_k: only the k most probable members, the smaller id first among equals. keep_sampled:
+    the sampled token is a member whatever its probability. exclude [N] bool: rows with an empty set.
+    Whether a probability within rounding of P_min is a member is decided here, once: store the set.
+
+    max_buffer_bytes bounds the private [rows, V] buffers, one row at least; None is the device's default.
+    Raises ValueError for wrong shapes, dtypes or devices, p_min outside (0, 1], top_k < 0, temperature <= 0 and, on
+    CPU, for sampled_ids >= V. Source: the paper, section 3 of its method; the switches are those of its authors' code.
+    """
+    rule = {"p_min": p_min, "strict": strict, "top_k": top_k, "keep_sampled": keep_sampled, "exclude": exclude}
+    return _run(hidden, weight, bias, sampled_ids, rule, temperature, backend, max_buffer_bytes)
+
+
+def select_candidates_from_logits(
+    logits: Tensor,
+    sampled_ids: Tensor,
+    p_min: float = 0.1,
+    *,
+    strict: bool = False,
+    top_k: int | None = None,
+    keep_sampled: bool = False,
+    exclude: Tensor | None = None,
+    temperature: float = 1.0,
+    backend: str = "auto",
+    max_buffer_bytes: int | None = None,
+) -> Candidates:
+    """`select_candidates` of given logits [N, V]."""
+    rule = {"p_min": p_min, "strict": strict, "top_k": top_k, "keep_sampled": keep_sampled, "exclude": exclude}
+    return _run(logits, None, None, sampled_ids, rule, temperature, backend, max_buffer_bytes)
+
+
+@torch.no_grad()
+def _run(hidden, weight, bias, sampled_ids, rule, temperature, backend, max_buffer_bytes) -> Candidates:
+    N, V = checks.check_head(hidden, weight, bias)
+    checks.check_ids("sampled_ids", sampled_ids, (N,), V, hidden)
+    checks.check_temperature(temperature)
+    checks.check_rule(rule, N, hidden)
+    budget = checks.checked_budget(max_buffer_bytes, hidden.device)
+    if resolve(backend, hidden.device) == "reference":
+        logits = hidden if weight is None else head_logits(hidden, weight, bias)
+        rule = rule | {"exclude_N": rule["exclude"], "temperature": temperature}
+        del rule["exclude"]
+        return reference(logits, sampled_ids, **rule)
+    return Candidates(
+        *chunked(hidden, weight, bias, sampled_ids, **rule, temperature=float(temperature), max_buffer_bytes=budget)
+    )

@@ -1,0 +1,107 @@
+"""TD advantages of the whole vocabulary, and the advantages of the sampled tokens.
+
+Shape letters: N packed response tokens, B sequences, K candidates, G prompts (groups are numbered 0..G-1).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from ipvrm_core.packing import check_cu_seqlens
+from ipvrm_core.reference.segments import expand, segment_reverse_scan
+
+SigmaForm = Literal["std_plus_eps", "floored_std"]
+
+
+def td_errors(rm_logprobs: Tensor, old_logprobs: Tensor, beta: float) -> Tensor:
+    """delta_t(v) = beta (log pi_phi(v | s_t) - log pi_old(v | s_t)), any shape (paper section 3)."""
+    return beta * (rm_logprobs - old_logprobs)
+
+
+def value_moments(values_N: Tensor) -> Tensor:
+    """(count, sum, sum of squares) in float64, [3]. They add up over ranks: all-reduce them, then call `sigma_v`."""
+    wide_N = values_N.detach().to(torch.float64)
+    return torch.stack([torch.full_like(wide_N.sum(), wide_N.numel()), wide_N.sum(), wide_N.square().sum()])
+
+
+def sigma_v(moments: Tensor, form: SigmaForm = "std_plus_eps", eps: float = 1e-6) -> Tensor:
+    """The scale of the values: population std from `value_moments`, 0-d float64, no gradient.
+
+    std_plus_eps (paper): std + eps.  floored_std (official): max(std, eps).
+    """
+    if form not in ("std_plus_eps", "floored_std"):
+        raise ValueError(f"form must be 'std_plus_eps' or 'floored_std'; got {form!r}")
+    count, total, squares = moments.unbind()
+    mean = total / count.clamp(min=1)
+    std = (squares / count.clamp(min=1) - mean.square()).clamp(min=0).sqrt()
+    return std + eps if form == "std_plus_eps" else std.clamp(min=eps)
+
+
+def td_advantages(delta: Tensor, sigma: Tensor) -> Tensor:
+    """A_TD(v) = delta_t(v) / sigma_V, any shape; sigma from `sigma_v` (eps already inside)."""
+    return delta / sigma.to(delta.dtype)
+
+
+def outcome_advantages(rewards_B: Tensor, groups_B: Tensor) -> Tensor:
+    """A = (r - mean_group) / std_group, population std; 0 for a group whose rewards are all equal: [B] (GRPO)."""
+    mean_B, std_B = group_moments(rewards_B, groups_B)
+    # Equal rewards are found by comparing them: the mean of equal floats may round, and the std is then tiny, not 0.
+    index_B = groups_B.unique(return_inverse=True)[1]
+    least_B = torch.zeros_like(rewards_B).scatter_reduce(0, index_B, rewards_B, "amin", include_self=False)[index_B]
+    uniform_B = group_moments(rewards_B - least_B, groups_B)[0] == 0
+    return torch.where(uniform_B, 0.0, (rewards_B - mean_B) / torch.where(uniform_B, 1.0, std_B))
+
+
+def group_moments(x_B: Tensor, groups_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population std over each group, given back per element: [B], [B] -> [B], [B]."""
+    groups_B = groups_B.unique(return_inverse=True)[1]
+    size_G = groups_B.bincount().to(x_B.dtype)
+    mean_B = (torch.zeros_like(size_G).index_add(0, groups_B, x_B) / size_G)[groups_B]
+    variance_G = torch.zeros_like(size_G).index_add(0, groups_B, (x_B - mean_B).square()) / size_G
+    return mean_B, variance_G.sqrt()[groups_B]
+
+
+def group_normalize(x_N: Tensor, cu_seqlens: Tensor, groups_B: Tensor, eps: float = 1e-6) -> Tensor:
+    """(x - mean) / (std + eps) over all tokens of a prompt's rollouts, population std: [N] -> [N] (paper GAE)."""
+    check_cu_seqlens(cu_seqlens, len(x_N))
+    mean_N, std_N = group_moments(x_N, expand(groups_B, cu_seqlens, len(x_N)))
+    return (x_N - mean_N) / (std_N + eps)
+
+
+def gae(delta_N: Tensor, cu_seqlens: Tensor, gamma: float = 1.0, lam: float = 1.0) -> Tensor:
+    """A_t = sum_{i >= t} (gamma lambda)^(i - t) delta_i within the sequence: [N] -> [N]."""
+    check_cu_seqlens(cu_seqlens, len(delta_N))
+    return segment_reverse_scan(delta_N, cu_seqlens, gamma * lam)
+
+
+def whiten(x_N: Tensor, eps: float = 1e-8) -> Tensor:
+    """(x - mean) / sqrt(var + eps), unbiased variance over the batch: [N] -> [N]. Fewer than two elements: x - mean."""
+    centred_N = x_N - x_N.mean() if len(x_N) else x_N
+    if len(x_N) < 2:
+        return centred_N
+    return centred_N * (x_N.var(unbiased=True) + eps).rsqrt()
+
+
+def process_advantages(
+    delta_N: Tensor,
+    cu_seqlens: Tensor,
+    groups_B: Tensor,
+    *,
+    normalize: Literal["group", "batch"],
+    sigma: Tensor | None = None,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+) -> Tensor:
+    """A_GAE of the sampled tokens from their TD errors: [N] -> [N].
+
+    group (paper): GAE of `group_normalize`d errors. batch (official): GAE of (delta - batch mean) / sigma_V, whitened
+    over the batch. Add it to the outcome advantage with a coefficient (1.0 and 0.05 in the presets).
+    """
+    if normalize == "group":
+        return gae(group_normalize(delta_N, cu_seqlens, groups_B), cu_seqlens, gamma, lam)
+    if normalize == "batch":
+        if sigma is None:
+            raise ValueError("normalize='batch' needs sigma (see sigma_v); got None")
+        return whiten(gae((delta_N - delta_N.mean()) / sigma.to(delta_N.dtype), cu_seqlens, gamma, lam))
+    raise ValueError(f"normalize must be 'group' or 'batch'; got {normalize!r}")

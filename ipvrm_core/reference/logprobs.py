@@ -1,0 +1,55 @@
+"""Log-probabilities of a softmax head at any ids, straight from the definition.
+
+Shape letters: N rows, D hidden size, V vocabulary, K ids a row. Holds [N, V]; the chunked backend does not.
+"""
+
+import torch
+from einops import einsum
+from torch import Tensor
+
+from ipvrm_core.types import LogProbs
+
+
+def head_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
+    """z = h W^T + b: [N, D], [V, D], [V] -> [N, V], accumulated in float32 (float64 stays float64)."""
+    wide = torch.promote_types(hidden_ND.dtype, torch.float32)
+    logits_NV = einsum(hidden_ND.to(wide), weight_VD.to(wide), "n d, v d -> n v")
+    return logits_NV if bias_V is None else logits_NV + bias_V.to(wide)
+
+
+def log_softmax(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
+    """log pi(v | s) = z_v / T - log sum_w exp(z_w / T): [N, V] -> [N, V], float32 or wider."""
+    wide = torch.promote_types(logits_NV.dtype, torch.float32)
+    return (logits_NV.to(wide) / temperature).log_softmax(-1)
+
+
+def gather_ids(logp_NV: Tensor, ids_NK: Tensor) -> Tensor:
+    """log pi at ids; exactly 0 where id < 0 (padding), with no gradient there."""
+    picked_NK = logp_NV.gather(1, ids_NK.clamp(min=0))
+    return torch.where(ids_NK >= 0, picked_NK, torch.zeros_like(picked_NK))
+
+
+def entropy(logp_NV: Tensor) -> Tensor:
+    """H = -sum_v p_v log p_v (nats): [N, V] -> [N]. A token of probability 0 contributes 0."""
+    p_NV = logp_NV.exp()
+    return -(p_NV * logp_NV.masked_fill(p_NV == 0, 0.0)).sum(-1)
+
+
+def logprobs_from_logits(logits_NV: Tensor, ids_NK: Tensor, *, temperature: float = 1.0) -> LogProbs:
+    """log pi(id | s), LSE and entropy of every row. [N, V], [N, K] -> LogProbs([N, K], [N], [N])."""
+    logp_NV = log_softmax(logits_NV, temperature)
+    wide = logp_NV.dtype
+    lse_N = (logits_NV.to(wide) / temperature).logsumexp(-1)
+    return LogProbs(gather_ids(logp_NV, ids_NK), lse_N, entropy(logp_NV))
+
+
+def linear_logprobs(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    ids_NK: Tensor,
+    *,
+    bias_V: Tensor | None = None,
+    temperature: float = 1.0,
+) -> LogProbs:
+    """`logprobs_from_logits` of z = h W^T + b."""
+    return logprobs_from_logits(head_logits(hidden_ND, weight_VD, bias_V), ids_NK, temperature=temperature)

@@ -1,0 +1,46 @@
+"""Sums and scans that stay inside a sequence of a packed batch.
+
+Scans go through the padded form: each sequence's result then depends on its own tokens alone, to the last bit, whatever
+else is in the batch (a running sum over the packed vector minus offsets would not).
+"""
+
+import torch
+from torch import Tensor
+
+from ipvrm_core.packing import lengths_of, sequence_ids, unpack
+
+
+def _repack(padded_BT: Tensor, cu_seqlens: Tensor) -> Tensor:
+    return padded_BT[torch.arange(padded_BT.shape[1], device=padded_BT.device) < lengths_of(cu_seqlens)[:, None]]
+
+
+def segment_sum(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """y_b = sum_{t in b} x_t: [N] -> [B]; 0 for an empty sequence."""
+    return unpack(x_N, cu_seqlens).sum(1)
+
+
+def segment_mean(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """y_b = (1/T_b) sum_{t in b} x_t: [N] -> [B]; 0 for an empty sequence."""
+    return segment_sum(x_N, cu_seqlens) / lengths_of(cu_seqlens).clamp(min=1)
+
+
+def expand(x_B: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
+    """y_t = x_b for every t in b: [B] -> [N]."""
+    return x_B[sequence_ids(cu_seqlens, total)]
+
+
+def segment_cumsum(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
+    """y_t = sum_{u <= t} x_u within the sequence: [N] -> [N]."""
+    return _repack(unpack(x_N, cu_seqlens).cumsum(1), cu_seqlens)
+
+
+def segment_reverse_scan(x_N: Tensor, cu_seqlens: Tensor, decay: float = 1.0) -> Tensor:
+    """y_t = sum_{i >= t} decay^(i-t) x_i within the sequence: [N] -> [N]."""
+    padded_BT = unpack(x_N, cu_seqlens)
+    running_B = padded_BT.new_zeros(len(padded_BT))
+    columns = []
+    for t in reversed(range(padded_BT.shape[1])):
+        running_B = padded_BT[:, t] + decay * running_B
+        columns.append(running_B)
+    scanned_BT = torch.stack(columns[::-1], dim=1) if columns else padded_BT
+    return _repack(scanned_BT, cu_seqlens)

@@ -1,0 +1,82 @@
+"""The two presets, row by row as the table of presets has them."""
+
+import inspect
+from dataclasses import fields
+
+import pytest
+
+from ipvrm_core.presets import PRESETS, Preset
+from ipvrm_core.reference.candidates import candidate_slots, select_candidates_from_logits
+from ipvrm_core.types import PolicyLossConfig
+
+TABLE = {
+    # setting: (paper, official)
+    "beta": (10.0, 10.0),
+    "offline_margin": (5.0, 0.0),
+    "online_margin": (5.0, 5.0),
+    "dlw_scale": ("raw", "group"),
+    "online_reference": ("old", "old"),
+    "p_min": (0.1, 0.1),
+    "strict": (False, True),  # pi_old >= 0.1, pi_old > 0.1
+    "top_k": (None, 5),
+    "keep_sampled": (False, True),
+    "skip_last_token": (False, True),
+    "sigma_scope": ("minibatch", "batch"),
+    "sigma_form": ("std_plus_eps", "floored_std"),
+    "gae_normalize": ("group", "batch"),
+    "gae_coef": (1.0, 0.05),
+    "gamma": (1.0, 1.0),
+    "lam": (1.0, 1.0),
+    "alpha": (0.1, 0.1),
+    "clip_low": (0.20, 0.20),
+    "clip_high": (0.28, 0.28),
+    "dual_clip": (None, 3.0),
+    "candidate_clip_low": (0.20, 0.20),
+    "candidate_clip_high": (0.28, 0.20),
+    "candidate_dual_clip": (None, 3.0),
+    "aggregation": ("sequence_mean", "token_mean"),
+    "rollouts": (4, 16),
+    "prompts": (512, 1024),
+    "keep_prompts": (256, 512),
+    "too_few_mixed": ("sample_on", "fill"),
+}
+
+
+@pytest.mark.parametrize("setting", TABLE)
+def test_setting(setting):
+    assert (getattr(PRESETS["paper"], setting), getattr(PRESETS["official"], setting)) == TABLE[setting]
+
+
+def test_the_table_holds_every_setting_and_there_are_two_presets():
+    assert {field.name for field in fields(Preset)} == set(TABLE)
+    assert list(PRESETS) == ["paper", "official"]
+    assert PRESETS["paper"] == Preset()
+
+
+def test_loss_config():
+    assert PRESETS["paper"].loss_config() == PolicyLossConfig()
+    assert PRESETS["official"].loss_config(temperature=0.7) == PolicyLossConfig(
+        alpha=0.1,
+        clip_low=0.2,
+        clip_high=0.28,
+        dual_clip=3.0,
+        candidate_clip_low=0.2,
+        candidate_clip_high=0.2,
+        candidate_dual_clip=3.0,
+        temperature=0.7,
+        kl_coef=0.0,
+        entropy_coef=0.0,
+    )
+    assert PRESETS["official"].loss_config(alpha=0.0, kl_coef=0.2) == PolicyLossConfig(
+        alpha=0.0, dual_clip=3.0, candidate_clip_high=0.2, candidate_dual_clip=3.0, kl_coef=0.2
+    )
+
+
+def test_candidate_rule_is_what_select_candidates_takes():
+    for preset, rule, slots in (
+        ("paper", {"p_min": 0.1, "strict": False, "top_k": None, "keep_sampled": False}, 10),
+        ("official", {"p_min": 0.1, "strict": True, "top_k": 5, "keep_sampled": True}, 6),
+    ):
+        assert PRESETS[preset].candidate_rule() == rule
+        assert set(rule) <= set(inspect.signature(select_candidates_from_logits).parameters)
+        assert candidate_slots(rule["p_min"], top_k=rule["top_k"], keep_sampled=rule["keep_sampled"]) == slots

@@ -1,0 +1,169 @@
+"""Advantages of the sampled tokens: outcome, group-normalised GAE (paper), centred and whitened sums (official)."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ipvrm_core.reference.advantages import gae, group_normalize, outcome_advantages, process_advantages, whiten
+
+
+def f64(*numbers):
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+def close(got, *expected, atol=1e-12):
+    torch.testing.assert_close(got, torch.tensor(expected, dtype=got.dtype), rtol=0, atol=atol)
+
+
+def groups(*numbers):
+    return torch.tensor(numbers)
+
+
+def test_outcome_is_standardised_within_the_group_by_the_population_std():
+    # (1, 1, 1, 0): mu = 3/4, s = sqrt(3/16) = sqrt(3)/4: (1/4) / s = 1/sqrt 3, (-3/4) / s = -sqrt 3
+    # (0, 1): mu = 1/2, s = 1/2: -1, 1.  The groups are interleaved.
+    got = outcome_advantages(f64(1, 0, 1, 1, 1, 0), groups(0, 1, 0, 0, 1, 0))
+    close(got, 1 / math.sqrt(3), -1.0, 1 / math.sqrt(3), 1 / math.sqrt(3), 1.0, -math.sqrt(3))
+
+
+def test_outcome_of_a_graded_reward():
+    # (0, .5, 1): mu = .5, s = sqrt((.25 + 0 + .25) / 3) = .40824829046386302
+    close(outcome_advantages(f64(0, 0.5, 1), groups(4, 4, 4)), -1.2247448713915890, 0.0, 1.2247448713915890)
+
+
+def test_outcome_of_an_unmixed_group_is_exactly_zero():
+    got = outcome_advantages(f64(1, 1, 0, 0, 0, 1), groups(0, 0, 1, 1, 2, 2))
+    assert got.tolist() == [0.0, 0.0, 0.0, 0.0, -1.0, 1.0]
+    assert outcome_advantages(f64(1), groups(0)).tolist() == [0.0]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    reward=st.floats(-10, 10, width=32),
+    n=st.integers(1, 16),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+def test_outcome_of_equal_float_rewards_is_exactly_zero(reward, n, dtype):
+    # the mean of n equal floats may round: .1 three times in float64 has std 1.4e-17, and (r - mu) / s would be -1
+    rewards = torch.tensor([reward] * n + [0.0, 1.0], dtype=dtype)
+    got = outcome_advantages(rewards, torch.tensor([0] * n + [1, 1]))
+    assert got.tolist() == [0.0] * n + [-1.0, 1.0]
+
+
+def test_outcome_of_point_one_three_times():
+    assert outcome_advantages(f64(0.1, 0.1, 0.1), groups(0, 0, 0)).tolist() == [0.0, 0.0, 0.0]
+
+
+def test_group_normalize_spans_all_tokens_of_a_prompt():
+    # prompt 0 owns sequences 0 and 2: tokens 1, 3 and 5: mean 3, population std sqrt(8/3) = 1.632993161855452
+    # prompt 1 owns sequence 1: tokens 10, 20: mean 15, std 5
+    x, cu = f64(1, 3, 10, 20, 5), torch.tensor([0, 2, 4, 5])
+    close(
+        group_normalize(x, cu, groups(0, 1, 0), eps=0.0),
+        *(-2 / 1.632993161855452, 0.0, -1.0, 1.0, 2 / 1.632993161855452),
+    )
+    # eps is added to the std, not to the variance: -5 / (5 + 5)
+    close(group_normalize(x, cu, groups(0, 1, 0), eps=5.0)[2:4], -0.5, 0.5)
+    close(group_normalize(x, cu, groups(0, 1, 0))[2:4], -5 / 5.000001, 5 / 5.000001)
+
+
+def test_group_normalize_of_a_constant_group_is_zero():
+    close(group_normalize(f64(2, 2, 2), torch.tensor([0, 1, 3]), groups(0, 0)), 0.0, 0.0, 0.0)
+
+
+CU = torch.tensor([0, 3, 3, 5])
+DELTA = f64(1, 2, 3, 10, 20)
+
+
+def test_gae_with_gamma_lambda_one_is_the_suffix_sum():
+    close(gae(DELTA, CU), 6.0, 5.0, 3.0, 30.0, 20.0)
+
+
+def test_gae_discounts_by_gamma_times_lambda():
+    # .9: 3;  2 + .9 * 3 = 4.7;  1 + .9 * 4.7 = 5.23;   20;  10 + .9 * 20 = 28
+    close(gae(DELTA, CU, gamma=0.9), 5.23, 4.7, 3.0, 28.0, 20.0)
+    close(gae(DELTA, CU, lam=0.9), 5.23, 4.7, 3.0, 28.0, 20.0)
+    # .9 * .5 = .45: 3;  2 + 1.35 = 3.35;  1 + .45 * 3.35 = 2.5075;   20;  19
+    close(gae(DELTA, CU, gamma=0.9, lam=0.5), 2.5075, 3.35, 3.0, 19.0, 20.0)
+    close(gae(DELTA, CU, lam=0.0), 1.0, 2.0, 3.0, 10.0, 20.0)
+
+
+def test_whiten_uses_the_unbiased_variance():
+    # (1, 2, 3, 6): mean 3, squares 4 + 1 + 0 + 9 = 14, variance 14/3
+    s = math.sqrt(14 / 3)
+    close(whiten(f64(1, 2, 3, 6), eps=0.0), -2 / s, -1 / s, 0.0, 3 / s)
+    # eps is under the root: (1, 3) has variance 2; 2 + 2 = 4
+    close(whiten(f64(1, 3), eps=2.0), -0.5, 0.5)
+    close(whiten(f64(1e-4, -1e-4)), 1e-4 / math.sqrt(3e-8), -1e-4 / math.sqrt(3e-8))  # 2e-8 + the default 1e-8
+
+
+def test_whiten_of_fewer_than_two_is_finite():
+    assert whiten(f64(5)).tolist() == [0.0]
+    assert whiten(f64()).tolist() == []
+
+
+def test_paper_process_advantages_normalise_then_sum():
+    # one prompt, sequences (1, 3) and (5): delta_hat = (-2, 0, 2) / s with s = sqrt(8/3) + 1e-6; sums (-2, 0 | 2) / s
+    # another prompt, (10, 20): (-1, 1) / (1 + 2e-7); sums (0, 1)
+    x, cu = f64(1, 3, 10, 20, 5), torch.tensor([0, 2, 4, 5])
+    s = 1.632993161855452 + 1e-6
+    got = process_advantages(x, cu, groups(0, 1, 0), normalize="group")
+    close(got, -2 / s, 0.0, 0.0, 5 / 5.000001, 2 / s)
+    got = process_advantages(x, cu, groups(0, 1, 0), normalize="group", gamma=0.9, lam=0.5)
+    close(got, -2 / s, 0.0, (-1 + 0.45) * 5 / 5.000001, 5 / 5.000001, 2 / s)
+
+
+def test_official_process_advantages_centre_scale_sum_whiten():
+    # (1, 2 | 3, 6): batch mean 3 -> (-2, -1 | 0, 3); sigma 2 -> (-1, -.5 | 0, 1.5); suffix sums (-1.5, -.5 | 1.5, 1.5)
+    # mean .25 -> (-1.75, -.75, 1.25, 1.25), squares 3.0625 + .5625 + 1.5625 + 1.5625 = 6.75, unbiased variance 2.25
+    s = math.sqrt(2.25 + 1e-8)
+    got = process_advantages(
+        f64(1, 2, 3, 6), torch.tensor([0, 2, 4]), groups(0, 1), normalize="batch", sigma=torch.tensor(2.0)
+    )
+    close(got, -1.75 / s, -0.75 / s, 1.25 / s, 1.25 / s)
+    # with gamma lambda 1/2 the sums are (-1.25, -.5 | .75, 1.5): mean .125,
+    # (-1.375, -.625, .625, 1.375), squares 2 (1.890625 + .390625) = 4.5625, variance 4.5625 / 3
+    s = math.sqrt(4.5625 / 3 + 1e-8)
+    got = process_advantages(
+        f64(1, 2, 3, 6), torch.tensor([0, 2, 4]), groups(0, 1), normalize="batch", sigma=torch.tensor(2.0), gamma=0.5
+    )
+    close(got, -1.375 / s, -0.625 / s, 0.625 / s, 1.375 / s)
+
+
+def test_user_errors_name_what_was_wrong():
+    with pytest.raises(ValueError, match="needs sigma"):
+        process_advantages(DELTA, CU, groups(0, 0, 0), normalize="batch")
+    with pytest.raises(ValueError, match="normalize must be"):
+        process_advantages(DELTA, CU, groups(0, 0, 0), normalize="token")
+    with pytest.raises(ValueError, match="cu_seqlens must"):
+        gae(DELTA, torch.tensor([0, 4]))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=st.integers(0, 2**31), lengths=st.lists(st.integers(1, 12), min_size=2, max_size=6))
+def test_advantages_follow_a_permutation_of_the_sequences(seed, lengths):
+    generator = torch.Generator().manual_seed(seed)
+    pieces = [torch.randn(n, generator=generator, dtype=torch.float64) for n in lengths]
+    group = torch.randint(0, 2, (len(lengths),), generator=generator)
+    reward = torch.rand(len(lengths), generator=generator, dtype=torch.float64)
+    order = torch.randperm(len(lengths), generator=generator)
+    sigma = torch.tensor(1.7, dtype=torch.float64)
+
+    def run(order):
+        x = [pieces[b] for b in order]
+        cu = torch.tensor([0, *(len(p) for p in x)]).cumsum(0)
+        normalised = [
+            process_advantages(torch.cat(x), cu, group[order], normalize=n, sigma=sigma) for n in ("group", "batch")
+        ]
+        split = [list(y.split([len(p) for p in x])) for y in normalised]
+        return split, outcome_advantages(reward[order], group[order])
+
+    identity = torch.arange(len(lengths))
+    (plain, outcome), (moved, outcome_moved) = run(identity), run(order)
+    torch.testing.assert_close(outcome_moved, outcome[order], rtol=0, atol=1e-12)
+    for before, after in zip(plain, moved, strict=True):
+        for b, sequence in zip(order.tolist(), after, strict=True):
+            torch.testing.assert_close(sequence, before[b], rtol=0, atol=1e-10)

@@ -1,0 +1,78 @@
+"""From token lists to model inputs and back to packed rows: the one place where padding lives.
+
+Shape letters: B sequences, L padded length, N response tokens, D hidden size.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ipvrm_core.packing import cu_seqlens_from_lengths
+from ipvrm_core.trainer.models import hidden_states
+
+
+class Answer(NamedTuple):
+    """Token ids of a prompt and of a response (EOS included where the response ended)."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+
+class TokenBatch(NamedTuple):
+    """Right-padded inputs and where the response rows are in them."""
+
+    ids_BL: Tensor
+    mask_BL: Tensor
+    rows_N: Tensor  # index into [B * L]: the position whose hidden state predicts each response token
+    targets_N: Tensor  # the response tokens
+    cu_seqlens: Tensor
+
+    @classmethod
+    def make(cls, answers: Sequence[Answer], device: torch.device | str = "cpu") -> "TokenBatch":
+        if any(not answer.prompt_ids or not answer.response_ids for answer in answers):
+            raise ValueError("prompt and response must both have at least one token")
+        L = max(len(a.prompt_ids) + len(a.response_ids) for a in answers) - 1  # nothing is predicted after the last
+        ids_BL = torch.zeros(len(answers), L, dtype=torch.int64)
+        mask_BL = torch.zeros(len(answers), L, dtype=torch.int64)
+        rows = []
+        for b, answer in enumerate(answers):
+            tokens = (answer.prompt_ids + answer.response_ids)[:-1]
+            ids_BL[b, : len(tokens)] = torch.tensor(tokens)
+            mask_BL[b, : len(tokens)] = 1
+            rows.append(torch.arange(len(answer.prompt_ids) - 1, len(tokens)) + b * L)
+        targets_N = torch.tensor([token for answer in answers for token in answer.response_ids])
+        lengths_B = torch.tensor([len(answer.response_ids) for answer in answers])
+        made = cls(ids_BL, mask_BL, torch.cat(rows), targets_N, cu_seqlens_from_lengths(lengths_B))
+        return cls(*(tensor.to(device) for tensor in made))
+
+
+def response_hidden(model: nn.Module, batch: TokenBatch) -> Tensor:
+    """Hidden states that predict the response tokens, packed: [N, D]."""
+    return hidden_states(model, batch.ids_BL, batch.mask_BL).flatten(0, 1)[batch.rows_N]
+
+
+def micro_batches(answers: Sequence[Answer], max_tokens: int) -> Iterator[slice]:
+    """Consecutive slices whose padded size stays within `max_tokens` (a single longer sequence goes alone)."""
+    start, longest = 0, 0
+    for end, answer in enumerate(answers):
+        longest = max(longest, len(answer.prompt_ids) + len(answer.response_ids))
+        if end > start and longest * (end + 1 - start) > max_tokens:
+            yield slice(start, end)
+            start, longest = end, len(answer.prompt_ids) + len(answer.response_ids)
+    if start < len(answers):
+        yield slice(start, len(answers))
+
+
+def map_rows(model: nn.Module, answers: Sequence[Answer], max_tokens: int, function: Callable) -> list[Tensor]:
+    """function(hidden [n, D], TokenBatch, rows: slice of the packed vector) -> tuple of [n, ...], concatenated. No gradient."""
+    device = next(model.parameters()).device
+    pieces, row = [], 0
+    with torch.no_grad():
+        for part in micro_batches(answers, max_tokens):
+            batch = TokenBatch.make(answers[part], device)
+            count = len(batch.targets_N)
+            pieces.append(function(response_hidden(model, batch), batch, slice(row, row + count)))
+            row += count
+    return [torch.cat(column) for column in zip(*pieces, strict=True)]

@@ -1,0 +1,157 @@
+"""The command `ipvrm`: one subcommand a phase, and `run` for the whole chain."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from ipvrm_core.trainer import config as configuration
+from ipvrm_core.trainer.config import Config, ConfigError
+
+EPILOG = """\
+A configuration is a TOML file; `ipvrm config` lists every key with its type, default and meaning.
+Overrides follow the file, in TOML syntax:  ipvrm run my.toml rl.distrl.steps=50 model.path=Qwen/Qwen3-0.6B
+
+The chain:   sft -> rollout -> train-rm -> distrl -> eval -> report
+Every phase may be killed at any moment; the same command with --resume goes on and gives the same numbers.
+"""
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        options.function(options)
+    except (ConfigError, RuntimeError, ValueError, FileNotFoundError) as error:
+        if options.traceback:
+            raise
+        print(f"ipvrm {options.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="ipvrm", description="Prefix-value reward models (IPVRM) and DistRL.", epilog=EPILOG, formatter_class=raw
+    )
+    parser.add_argument("--traceback", action="store_true", help="show where an error came from")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def phase(name: str, help: str, function, named: str | None = None) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=help, description=help, epilog=EPILOG, formatter_class=raw)
+        sub.add_argument("config", help="TOML file (or the config.json of a run)")
+        sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
+        sub.add_argument("--run", type=Path, required=True, help="folder of this experiment; made if it does not exist")
+        sub.add_argument("--resume", action="store_true", help="go on where a killed or finished phase stopped")
+        if named:
+            sub.add_argument("--name", help=f"which entry of the [{named}] table (default: all, one after the other)")
+        sub.set_defaults(function=function)
+        return sub
+
+    phase("sft", "Supervised fine-tuning on demonstrations.", _sft)
+    phase("rollout", "Sample and verify answers of the starting policy.", _rollout)
+    phase("train-rm", "Train implicit reward models on the rollouts.", _train_rm, named="rm")
+    phase("distrl", "Train the policy: GRPO, GRPO with a process reward, or DistRL.", _distrl, named="rl")
+    phase("eval", "Evaluate every model of the run.", _eval)
+    whole = phase("run", "All phases of the configuration, then the report.", _run)
+    whole.add_argument("--jobs", type=int, default=1, help="phases side by side, where they do not need each other")
+    phase("report", "Write RUN/report/index.html and its pictures.", _report)
+
+    listing = commands.add_parser("config", help="List every configuration key.")
+    listing.set_defaults(function=lambda _: print("\n".join(configuration.describe())))
+    return parser
+
+
+def _load(options) -> Config:
+    path = Path(options.config)
+    if path.suffix == ".json":
+        import json
+
+        if options.overrides:
+            raise ConfigError("a resolved config.json takes no overrides")
+        return configuration.check(json.loads(path.read_text()), str(path))
+    return configuration.load(path, options.overrides)
+
+
+def _quiet() -> None:
+    """Silence transformers' own bars and notices: the phases print what matters."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
+def _with_experiment(options, function) -> None:
+    config = _load(options)
+    _quiet()
+    from ipvrm_core.trainer.experiment import Experiment
+
+    experiment = Experiment(config, options.run)
+    try:
+        function(experiment)
+    finally:
+        experiment.close()
+
+
+def _sft(options) -> None:
+    from ipvrm_core.trainer.phases import sft
+
+    _with_experiment(options, lambda experiment: sft.run(experiment, options.resume))
+
+
+def _rollout(options) -> None:
+    from ipvrm_core.trainer.phases import rollout
+
+    _with_experiment(options, lambda experiment: rollout.run(experiment, options.resume))
+
+
+def _train_rm(options) -> None:
+    from ipvrm_core.trainer.phases import train_rm
+
+    _with_experiment(options, lambda experiment: _each(experiment.config.rm, "rm", options, train_rm.run, experiment))
+
+
+def _distrl(options) -> None:
+    from ipvrm_core.trainer.phases import distrl
+
+    _with_experiment(options, lambda experiment: _each(experiment.config.rl, "rl", options, distrl.run, experiment))
+
+
+def _each(table: dict, label: str, options, function, experiment) -> None:
+    if options.name and options.name not in table:
+        raise ConfigError(
+            f"--name must be a key of [{label}]: {', '.join(table) or 'it has none'}; got {options.name!r}"
+        )
+    if not table:
+        raise ConfigError(f"the configuration has no [{label}.<name>] section")
+    for name in [options.name] if options.name else table:
+        function(experiment, name, options.resume)
+
+
+def _eval(options) -> None:
+    from ipvrm_core.trainer.phases import evaluate
+
+    _with_experiment(options, lambda experiment: evaluate.run(experiment, options.resume))
+
+
+def _run(options) -> None:
+    from ipvrm_core.trainer import pipeline
+    from ipvrm_core.trainer.experiment import Experiment
+
+    if options.jobs < 1:
+        raise ConfigError(f"--jobs must be >= 1; got {options.jobs}")
+    config = _load(options)
+    if options.run.exists() and any(options.run.iterdir()) and not options.resume:
+        raise ConfigError(f"{options.run} is not empty; pass --resume to go on, or take another --run folder")
+    Experiment(config, options.run)
+    pipeline.run(config, options.run, options.jobs)
+
+
+def _report(options) -> None:
+    from ipvrm_core.trainer.report import build
+
+    config = _load(options)
+    print(build(config, options.run))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Where prompts, gold answers and demonstrations come from: files, the hub, and generated tasks."""

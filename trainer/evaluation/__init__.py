@@ -1,0 +1,1 @@
+"""What a run is judged by: step localisation, candidate credit, policy accuracy."""

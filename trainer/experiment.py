@@ -1,0 +1,192 @@
+"""What every phase shares: the configuration, the run folder, data, tokenizer, verifier and device."""
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ipvrm_core.trainer import models
+from ipvrm_core.trainer.batching import Answer
+from ipvrm_core.trainer.checkpoint import seed_step
+from ipvrm_core.trainer.config import Config, ConfigError, Source
+from ipvrm_core.trainer.data.example import Example
+from ipvrm_core.trainer.data.files import load_examples
+from ipvrm_core.trainer.data.tasks import make_task
+from ipvrm_core.trainer.files import write_text
+from ipvrm_core.trainer.verify import make_verifier
+
+
+class Experiment:
+    """Folder layout: config.json, sft/, rollout/, rm/<name>/, rl/<name>/, eval/, report/. A phase owns its folder."""
+
+    def __init__(self, config: Config, run: Path):
+        self.config, self.run = config, Path(run)
+        self.run.mkdir(parents=True, exist_ok=True)
+        self._keep_config()
+
+    def _keep_config(self) -> None:
+        """The resolved configuration is written once; a run folder never mixes two configurations."""
+        path, text = self.run / "config.json", self.config.model_dump_json(indent=1) + "\n"
+        if not path.exists():
+            write_text(path, text)
+            return
+        kept = Config.model_validate_json(path.read_text()).model_dump()
+        changed = sorted(_differing(kept, self.config.model_dump()))
+        if changed:
+            raise ConfigError(
+                f"{self.run} was made with another configuration (differing: {', '.join(changed)}); "
+                "take a new --run folder, or the old settings"
+            )
+
+    @cached_property
+    def accelerator(self):
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=self.config.device == "cpu", mixed_precision=self.config.precision)
+        if self.config.device == "cuda" and accelerator.device.type != "cuda":
+            raise ConfigError(f"device must be available; got 'cuda', found {accelerator.device.type!r}")
+        if accelerator.num_processes > 1:
+            raise ConfigError(f"one process only; got {accelerator.num_processes} (data parallelism is not built yet)")
+        return accelerator
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    # ---- data
+
+    @cached_property
+    def task(self):
+        """The built-in task of the training data, or None."""
+        source = self.config.data
+        return make_task(source.task, **source.task_args) if source.task else None
+
+    @cached_property
+    def _train(self) -> Callable[[int, int], list[Example]]:
+        return self._source(self.config.data, "train")
+
+    @cached_property
+    def _test(self) -> Callable[[int, int], list[Example]]:
+        return self._source(self.config.test, "test")
+
+    def _source(self, source: Source, split: str) -> Callable[[int, int], list[Example]]:
+        """(start, count) -> examples. Tasks never end; a file is walked in a new fixed order every epoch."""
+        if source.task:
+            task = make_task(source.task, **source.task_args)
+            return lambda start, count: task.examples(self.config.seed, split, start, count)
+        rows = load_examples(
+            source.path,
+            source.split,
+            {
+                "prompt": source.prompt_column,
+                "answer": source.answer_column,
+                **({"solution": source.solution_column} if source.solution_column else {}),
+            },
+            prompt_template=source.prompt_template,
+            answer_pattern=source.answer_pattern,
+            limit=source.limit,
+        )
+
+        def take(start: int, count: int) -> list[Example]:
+            if split == "test":
+                return rows[start : start + count]
+            taken = []
+            for index in range(start, start + count):
+                epoch, place = divmod(index, len(rows))
+                order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.config.seed + epoch))
+                taken.append(rows[order[place]])
+            return taken
+
+        return take
+
+    def train_examples(self, start: int, count: int) -> list[Example]:
+        return self._train(start, count)
+
+    def test_examples(self, count: int) -> list[Example]:
+        return self._test(0, count)
+
+    # ---- text
+
+    @cached_property
+    def tokenizer(self):
+        return models.load_tokenizer(self.config.model, self.task.alphabet if self.task else None)
+
+    def encode_prompt(self, example: Example) -> list[int]:
+        """Token ids up to where the answer starts; through the chat template where there is one."""
+        tokenizer = self.tokenizer
+        if not tokenizer.chat_template:
+            if not isinstance(example.prompt, str):
+                raise ValueError(f"example {example.id} is a chat, but the tokenizer has no chat template")
+            return tokenizer(example.prompt)["input_ids"]
+        messages = (
+            [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else [*example.prompt]
+        )
+        if self.config.model.system_prompt and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.config.model.system_prompt})
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def encode_answer(self, text: str) -> list[int]:
+        """Token ids of an answer, EOS included."""
+        return [*self.tokenizer(text, add_special_tokens=False)["input_ids"], self.tokenizer.eos_token_id]
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+    def demonstration(self, example: Example) -> Answer:
+        if example.solution is None:
+            raise ValueError(f"example {example.id} has no solution to learn from")
+        return Answer(self.encode_prompt(example), self.encode_answer(example.solution))
+
+    @cached_property
+    def verifier(self):
+        settings = self.config.verifier
+        return make_verifier(settings.kind, timeout_s=settings.timeout_s, workers=settings.workers)
+
+    # ---- models
+
+    def seed(self, *names) -> None:
+        """Seed torch for one step of one phase."""
+        seed_step(self.config.seed, *names)
+
+    def start_policy(self) -> nn.Module:
+        """The policy that rollouts, reward models and RL start from: after SFT where there is SFT."""
+        if self.config.sft is None:
+            return self.base_model()
+        return self.load(self.run / "sft" / "model")
+
+    def base_model(self) -> nn.Module:
+        self.seed("init")
+        model = models.start_model(self.config.model, self.tokenizer).to(self.device)
+        models.check_head(model)
+        return model
+
+    def load(self, folder: Path) -> nn.Module:
+        """A model that a finished phase saved."""
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} does not exist: run that phase first")
+        return models.load_pretrained(folder, self.config.model.dtype).to(self.device)
+
+    def trainable(self, model: nn.Module, *names) -> nn.Module:
+        """Ready for an optimiser: with adapters where the configuration asks for LoRA."""
+        if self.config.model.lora is None:
+            return model
+        self.seed("lora", *names)
+        return models.add_lora(model, self.config.model.lora).to(self.device)
+
+    def close(self) -> None:
+        if "verifier" in self.__dict__:
+            self.verifier.close()
+
+
+def _differing(a: dict, b: dict, prefix: str = "") -> set[str]:
+    found = set()
+    for key in a.keys() | b.keys():
+        left, right = a.get(key), b.get(key)
+        if isinstance(left, dict) and isinstance(right, dict):
+            found |= _differing(left, right, f"{prefix}{key}.")
+        elif left != right:
+            found.add(f"{prefix}{key}")
+    return found

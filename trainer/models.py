@@ -1,0 +1,150 @@
+"""Models and tokenizers: load or make them, reach hidden states and head, save them as Hugging Face folders."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ipvrm_core import linear_logprobs
+from ipvrm_core.trainer.config import Lora, Model, Scratch
+from ipvrm_core.trainer.files import write_folder
+
+
+def character_tokenizer(alphabet: str):
+    """One token per character of `alphabet`; <pad> and <eos> besides. Anything else is an error, not an unknown token."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *sorted(set(alphabet))])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
+    )
+
+
+def load_tokenizer(model: Model, alphabet: str | None):
+    """The tokenizer of `model.path`, or the character tokenizer of the built-in tasks."""
+    if model.scratch:
+        if alphabet is None:
+            raise ValueError("model.scratch needs data.task (its tokenizer has the task's characters); got data.path")
+        return character_tokenizer(alphabet)
+    from transformers import AutoTokenizer
+
+    extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    tokenizer = AutoTokenizer.from_pretrained(model.path, **extra)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"the tokenizer of {model.path} has no EOS token; answers could not end")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_scratch(scratch: Scratch, tokenizer) -> nn.Module:
+    """Random weights; the caller seeds."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    config_class, model_class = {
+        "qwen3": (Qwen3Config, Qwen3ForCausalLM),
+        "llama": (LlamaConfig, LlamaForCausalLM),
+    }[scratch.architecture]
+    config = config_class(
+        vocab_size=len(tokenizer),
+        hidden_size=scratch.hidden_size,
+        num_hidden_layers=scratch.layers,
+        num_attention_heads=scratch.heads,
+        num_key_value_heads=scratch.kv_heads,
+        head_dim=scratch.hidden_size // scratch.heads,
+        intermediate_size=scratch.intermediate_size,
+        max_position_embeddings=scratch.context,
+        tie_word_embeddings=True,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        bos_token_id=None,
+    )
+    return model_class(config)
+
+
+def load_pretrained(path: str | Path, dtype: str = "float32", gguf_file: str | None = None) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    extra = {"gguf_file": gguf_file} if gguf_file else {}
+    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **extra)
+
+
+def start_model(model: Model, tokenizer) -> nn.Module:
+    """The base model of an experiment, before any phase. The caller seeds."""
+    if model.scratch:
+        return build_scratch(model.scratch, tokenizer)
+    return load_pretrained(model.path, model.dtype, model.gguf_file)
+
+
+def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
+    """Adapters on everything but the head: the fused loss reads the head's weight, so an adapter there would be lost."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=lora.target_modules,
+        task_type="CAUSAL_LM",
+    )
+    wrapped = get_peft_model(model, config)
+    if any("lora_" in name for name, _ in wrapped.get_output_embeddings().named_parameters()):
+        raise ValueError(f"lora.target_modules must not reach the output head; got {lora.target_modules!r}")
+    for parameter in wrapped.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return wrapped
+
+
+def causal_lm(model: nn.Module) -> nn.Module:
+    """Without the PEFT wrapper, whose adapters stay active inside the layers."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(weight [V, D], bias [V] or None) of the output head."""
+    head = causal_lm(model).get_output_embeddings()
+    return head.weight, getattr(head, "bias", None)
+
+
+def hidden_states(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
+    """Last hidden states, after the final norm: ids, mask [B, L] -> [B, L, D]. The [B, L, V] logits are never made."""
+    backbone = causal_lm(model).get_decoder()
+    return backbone(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+
+
+@torch.no_grad()
+def check_head(model: nn.Module) -> None:
+    """ValueError unless logits = hidden W^T + b: some architectures scale or cap them, which would silently be lost."""
+    device = next(model.parameters()).device
+    ids = torch.arange(4, device=device)[None]
+    was_training = model.training
+    model.eval()
+    expected = causal_lm(model)(input_ids=ids).logits[0].float().log_softmax(-1)[:, :8]
+    hidden = hidden_states(model, ids, torch.ones_like(ids))[0]
+    weight, bias = head_of(model)
+    columns = torch.arange(8, device=device).expand(4, 8)
+    ours = linear_logprobs(hidden, weight, columns, bias=bias).logprobs_NK
+    model.train(was_training)
+    tolerance = 1e-3 if expected.dtype == weight.dtype else 0.1  # the model's own logits are rounded to bfloat16
+    worst = (ours - expected).abs().max().item()
+    if worst > tolerance:
+        raise ValueError(
+            f"{type(causal_lm(model)).__name__} does more than hidden @ weight.T in its head (log-probs differ by "
+            f"{worst:.3g}): logit scaling and soft-capping are not supported"
+        )
+
+
+def save_model(model: nn.Module, tokenizer, path: Path) -> None:
+    """A normal Hugging Face folder, whole or not at all; adapters are merged into the weights."""
+    if hasattr(model, "merge_and_unload"):
+        model = model.merge_and_unload()
+
+    def fill(target: Path) -> None:
+        model.save_pretrained(target)
+        tokenizer.save_pretrained(target)
+
+    write_folder(path, fill)

@@ -1,0 +1,88 @@
+"""The RL loop: GRPO, GRPO with a process reward, DistRL; which one is a matter of settings (method: docs/method.md)."""
+
+from ipvrm_core.trainer.collect import collect
+from ipvrm_core.trainer.credit import assign, old_policy, update_reward_model
+from ipvrm_core.trainer.experiment import Experiment
+from ipvrm_core.trainer.optim import make_optimizer
+from ipvrm_core.trainer.phases.training import Training, phase_folder
+from ipvrm_core.trainer.policy_update import update_policy
+from ipvrm_core.trainer.reward import sampled_logprobs
+
+SHOW = (
+    "accuracy",
+    "kept_prompts",
+    "candidates",
+    "sigma_v",
+    "rm_auc",
+    "loss_sampled",
+    "loss_candidates",
+    "kl_old",
+    "grad_norm",
+)
+
+
+def run(experiment: Experiment, name: str, resume: bool = False) -> None:
+    """Train the policy run `name`; writes rl/<name>/model."""
+    rl = experiment.config.rl[name]
+    folder = experiment.run / "rl" / name
+    with phase_folder(folder, "model", resume) as todo:
+        if not todo:
+            return
+        preset = rl.resolved()
+        policy = experiment.trainable(experiment.start_policy(), "rl", name)
+        models, optimizers = {"policy": policy}, {"policy": make_optimizer(policy, rl.optim)}
+        reward_model = objective = reference = None
+        if rl.reward_model:
+            objective = _online(experiment, rl, preset)
+            reward_model = experiment.load(experiment.run / "rm" / rl.reward_model.name / "model")
+            if rl.reward_model.update != "none":
+                reward_model = experiment.trainable(reward_model, "rl", name, "rm")
+                models["reward_model"] = reward_model
+                optimizers["reward_model"] = make_optimizer(reward_model, rl.reward_model.optim)
+        if rl.kl_coef or (rl.reward_model and preset.online_reference == "sft"):
+            reference = experiment.start_policy().eval()
+        training = Training(experiment, folder, rl.steps, models, optimizers, show=SHOW, state={"cursor": 0})
+
+        for step in training.steps():
+            experiment.seed("rl", name, step)
+            batch = collect(experiment, policy, preset, training.state["cursor"], rl.max_rounds)
+            training.state["cursor"] = batch.cursor
+            policy.eval()
+            old = old_policy(experiment, policy, preset, batch)
+            ref_N = None if reference is None else sampled_logprobs(experiment, reference, batch.answers)
+            numbers = dict(batch.numbers)
+
+            def update_rm(batch=batch, old=old, ref_N=ref_N, step=step) -> dict[str, float]:
+                return update_reward_model(
+                    experiment,
+                    preset,
+                    rl.reward_model,
+                    objective,
+                    reward_model,
+                    optimizers["reward_model"],
+                    batch,
+                    ref_N if preset.online_reference == "sft" else old.logprobs_N,
+                    old.cu_seqlens,
+                    step,
+                    rl.steps,
+                )
+
+            schedule = rl.reward_model.update if rl.reward_model else "none"
+            if schedule == "before":
+                numbers |= update_rm()
+            credit = assign(experiment, preset, batch, old, reward_model, objective)
+            numbers |= credit.numbers
+            numbers |= update_policy(
+                experiment, rl, preset, policy, optimizers["policy"], batch, credit, ref_N if rl.kl_coef else None, step
+            )
+            if schedule == "after":
+                numbers |= update_rm()
+            training.log(step, **numbers)
+        training.finish(policy)
+
+
+def _online(experiment: Experiment, rl, preset):
+    """The objective of the online update: the offline one with the online margin, where it has a margin."""
+    settings = experiment.config.rm[rl.reward_model.name]
+    objective = settings.build()
+    return settings.build(margin=preset.online_margin) if hasattr(objective, "margin") else objective

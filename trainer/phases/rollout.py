@@ -1,0 +1,131 @@
+"""Answers sampled from the starting policy, verified, with their reference log-probs: data for reward models."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ipvrm_core import linear_logprobs
+from ipvrm_core.trainer.batching import Answer, map_rows
+from ipvrm_core.trainer.data.example import Example
+from ipvrm_core.trainer.experiment import Experiment
+from ipvrm_core.trainer.files import write_json
+from ipvrm_core.trainer.models import head_of
+from ipvrm_core.trainer.phases.training import phase_folder
+from ipvrm_core.trainer.rollouts import Sample, generate
+from ipvrm_core.trainer.verify import Verdict
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """All samples of one prompt."""
+
+    prompt: int
+    answers: list[Answer]
+    correct: list[bool]
+    ref_logprobs: list[list[float]]  # of the sampled tokens under the starting policy, at the sampling temperature
+
+
+def sample_and_verify(
+    experiment: Experiment, model, examples: Sequence[Example], samples: int, **settings
+) -> tuple[list[Sample], list[Verdict]]:
+    """`samples` answers per example and their verdicts, in the order of `generate`."""
+    prompts = [experiment.encode_prompt(example) for example in examples]
+    made = generate(model, experiment.tokenizer, prompts, samples=samples, **settings)
+    golds = [example.answer for example in examples for _ in range(samples)]
+    return made, experiment.verifier([experiment.decode(sample.response_ids) for sample in made], golds)
+
+
+def generation_settings(experiment: Experiment) -> dict:
+    generation = experiment.config.generation
+    return {
+        "temperature": generation.temperature,
+        "max_new_tokens": generation.max_new_tokens,
+        "batch": generation.batch,
+    }
+
+
+def run(experiment: Experiment, resume: bool = False) -> None:
+    """Sample shard by shard; writes rollout/shards/*.json and rollout/summary.json."""
+    config, rollout = experiment.config, experiment.config.rollout
+    if rollout is None:
+        raise ValueError("the configuration has no [rollout] section")
+    folder = experiment.run / "rollout"
+    with phase_folder(folder, "summary.json", resume) as todo:
+        if not todo:
+            return
+        model = experiment.start_policy().eval()
+        weight, bias = head_of(model)
+        temperature = config.generation.temperature
+        shards = folder / "shards"
+        shards.mkdir(exist_ok=True)
+
+        def reference(hidden, batch, _):
+            ids = batch.targets_N[:, None]
+            return (linear_logprobs(hidden, weight, ids, bias=bias, temperature=temperature).logprobs_NK[:, 0],)
+
+        starts = range(0, rollout.prompts, rollout.batch)
+        for number, start in enumerate(tqdm(starts, desc="rollout", unit="shard", disable=None)):
+            path = shards / f"{number:05d}.json"
+            if path.exists():
+                continue
+            experiment.seed("rollout", number)
+            examples = experiment.train_examples(start, min(rollout.batch, rollout.prompts - start))
+            samples, verdicts = sample_and_verify(
+                experiment, model, examples, rollout.samples, **generation_settings(experiment)
+            )
+            answers = [Answer(sample.prompt_ids, sample.response_ids) for sample in samples]
+            logprobs_N = map_rows(model, answers, config.micro_batch_tokens, reference)[0]
+            lengths = [len(answer.response_ids) for answer in answers]
+            rows = [
+                {
+                    "prompt": start + index // rollout.samples,
+                    "prompt_ids": answer.prompt_ids,
+                    "response_ids": answer.response_ids,
+                    "ref_logprobs": values.tolist(),
+                    "correct": verdict.correct,
+                    "status": verdict.status,
+                    "finished": sample.finished,
+                }
+                for index, (answer, values, verdict, sample) in enumerate(
+                    zip(answers, logprobs_N.split(lengths), verdicts, samples, strict=True)
+                )
+            ]
+            write_json(path, rows)
+            right = sum(row["correct"] for row in rows)
+            tqdm.write(f"rollout {number + 1}/{len(starts)}  accuracy {right / len(rows):.3f}")
+        write_json(folder / "summary.json", summarize(shards))
+
+
+def summarize(shards: Path) -> dict:
+    rows = [row for path in sorted(shards.glob("*.json")) for row in json.loads(path.read_text())]
+    groups: dict[int, list[bool]] = {}
+    for row in rows:
+        groups.setdefault(row["prompt"], []).append(row["correct"])
+    return {
+        "prompts": len(groups),
+        "answers": len(rows),
+        "accuracy": sum(row["correct"] for row in rows) / len(rows),
+        "mixed_prompts": sum(0 < sum(group) < len(group) for group in groups.values()) / len(groups),
+        "finished": sum(row["finished"] for row in rows) / len(rows),
+        **{
+            f"verdict_{name}": sum(row["status"] == name for row in rows)
+            for name in ("ok", "no_answer", "timeout", "error")
+        },
+    }
+
+
+def read(folder: Path) -> list[Rollouts]:
+    """All rollouts in prompt order. FileNotFoundError when the phase has not finished."""
+    if not (folder / "summary.json").exists():
+        raise FileNotFoundError(f"{folder} has no finished rollouts: run `ipvrm rollout` first")
+    groups: dict[int, Rollouts] = {}
+    for path in sorted((folder / "shards").glob("*.json")):
+        for row in json.loads(path.read_text()):
+            group = groups.setdefault(row["prompt"], Rollouts(row["prompt"], [], [], []))
+            group.answers.append(Answer(row["prompt_ids"], row["response_ids"]))
+            group.correct.append(row["correct"])
+            group.ref_logprobs.append(row["ref_logprobs"])
+    return [groups[prompt] for prompt in sorted(groups)]

@@ -1,0 +1,94 @@
+"""The chain of phases of one experiment, each in its own process, independent ones side by side."""
+
+import os
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from ipvrm_core.trainer.config import Config
+
+
+@dataclass(frozen=True)
+class Job:
+    """One phase: its command-line words and the jobs that must have finished."""
+
+    key: str
+    words: tuple[str, ...]
+    after: tuple[str, ...]
+
+
+def jobs_of(config: Config) -> list[Job]:
+    """sft -> rollout -> rm.* -> rl.* -> eval -> report, as far as the configuration has them."""
+    jobs = []
+    start = ()
+    if config.sft:
+        jobs.append(Job("sft", ("sft",), ()))
+        start = ("sft",)
+    if config.rollout:
+        jobs.append(Job("rollout", ("rollout",), start))
+    for name in config.rm:
+        jobs.append(Job(f"rm.{name}", ("train-rm", "--name", name), ("rollout",)))
+    for name, rl in config.rl.items():
+        needs = (f"rm.{rl.reward_model.name}",) if rl.reward_model else start
+        jobs.append(Job(f"rl.{name}", ("distrl", "--name", name), needs))
+    jobs.append(Job("eval", ("eval",), tuple(job.key for job in jobs)))
+    jobs.append(Job("report", ("report",), ("eval",)))
+    return jobs
+
+
+def run(config: Config, run_folder: Path, parallel: int) -> None:
+    """Run all jobs, at most `parallel` at a time, finished ones skipped. RuntimeError names the job that failed.
+
+    Each job's output goes to RUN/logs/<job>.txt; with one job at a time it is shown as well.
+    """
+    pending = jobs_of(config)
+    total = len(pending)
+    finished: set[str] = set()
+    running: dict[str, tuple[subprocess.Popen, float]] = {}
+    logs = run_folder / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        while pending or running:
+            ready = [job for job in pending if set(job.after) <= finished]
+            for job in ready[: parallel - len(running)]:
+                pending.remove(job)
+                print(
+                    f"[{len(finished) + len(running) + 1}/{total}] {job.key} starts, log: {logs / (job.key + '.txt')}",
+                    flush=True,
+                )
+                running[job.key] = (_start(job, run_folder, logs, parallel), time.perf_counter())
+            time.sleep(0.2)
+            for key, (process, began) in list(running.items()):
+                if process.poll() is None:
+                    continue
+                del running[key]
+                if process.returncode:
+                    tail = (logs / f"{key}.txt").read_text().splitlines()[-15:]
+                    raise RuntimeError("\n".join([f"{key} failed with exit status {process.returncode}:", *tail]))
+                finished.add(key)
+                last = ((logs / f"{key}.txt").read_text().splitlines() or [""])[-1]
+                print(f"{key} finished in {time.perf_counter() - began:.0f} s: {last}", flush=True)
+    finally:
+        for process, _ in running.values():
+            process.terminate()
+            process.wait()
+
+
+def _start(job: Job, run_folder: Path, logs: Path, parallel: int) -> subprocess.Popen:
+    threads = str(max(1, (os.cpu_count() or 1) // parallel))
+    command = [
+        sys.executable,
+        "-m",
+        "ipvrm_core.trainer.cli",
+        *job.words,
+        str(run_folder / "config.json"),
+        "--run",
+        str(run_folder),
+        "--resume",
+    ]
+    with open(logs / f"{job.key}.txt", "a") as log:
+        return subprocess.Popen(
+            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
+        )

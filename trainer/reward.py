@@ -1,0 +1,100 @@
+"""A reward model at work: its log-ratios, its loss on a batch, and how well it ranks answers."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ipvrm_core import linear_logprobs
+from ipvrm_core.objectives import Objective, RewardBatch
+from ipvrm_core.packing import lengths_of
+from ipvrm_core.trainer.batching import Answer, TokenBatch, map_rows, micro_batches, response_hidden
+from ipvrm_core.trainer.experiment import Experiment
+from ipvrm_core.trainer.models import head_of
+
+
+def sampled_logprobs(experiment: Experiment, model: nn.Module, answers: Sequence[Answer]) -> Tensor:
+    """log p(y_t | s_t) of all response tokens at the sampling temperature, packed [N], no gradient."""
+    return map_rows(model, answers, experiment.config.micro_batch_tokens, _logprobs(experiment, model))[0]
+
+
+def _logprobs(experiment: Experiment, model: nn.Module):
+    weight, bias = head_of(model)
+    temperature = experiment.config.generation.temperature
+
+    def function(hidden_ND: Tensor, batch: TokenBatch, _=None) -> tuple[Tensor]:
+        ids_N1 = batch.targets_N[:, None]
+        return (linear_logprobs(hidden_ND, weight, ids_N1, bias=bias, temperature=temperature).logprobs_NK[:, 0],)
+
+    return function
+
+
+def backward_reward_loss(
+    experiment: Experiment,
+    model: nn.Module,
+    objective: Objective,
+    answers: Sequence[Answer],
+    ref_logprobs_N: Tensor,
+    labels_B: Tensor,
+    weights_B: Tensor,
+    boundary_B: Tensor | None = None,
+) -> float:
+    """Accumulate the gradient of sum_b w_b loss_b over micro-batches; returns the loss.
+
+    A pairwise objective takes sequences (2 p, 2 p + 1) as winner and loser of pair p and weighs the pair by the winner's
+    weight; its pairs are never cut apart.
+    """
+    logprobs = _logprobs(experiment, model)
+    unit = 2 if objective.pairwise else 1
+    total, row = 0.0, 0
+    for part in _parts(answers, experiment.config.micro_batch_tokens, unit):
+        batch = TokenBatch.make(answers[part], experiment.device)
+        rows = slice(row, row + len(batch.targets_N))
+        row = rows.stop
+        with experiment.accelerator.autocast():
+            hidden = response_hidden(model, batch)
+        log_ratio_N = logprobs(hidden, batch)[0] - ref_logprobs_N[rows]
+        count = part.stop - part.start
+        pairs = torch.arange(count, device=experiment.device).view(-1, 2) if objective.pairwise else None
+        loss = objective.loss(
+            log_ratio_N,
+            RewardBatch(
+                cu_seqlens=batch.cu_seqlens,
+                labels_B=labels_B[part],
+                weights_B=weights_B[part],
+                boundary_B=None if boundary_B is None else boundary_B[part],
+                pairs_P2=pairs,
+                pair_weights_P=2 * weights_B[part][::2] if objective.pairwise else None,
+            ),
+        )
+        experiment.accelerator.backward(loss)
+        total += loss.item()
+    return total
+
+
+def _parts(answers: Sequence[Answer], max_tokens: int, unit: int):
+    """Micro-batch slices in multiples of `unit` sequences."""
+    joined = [
+        Answer(
+            max((a.prompt_ids for a in answers[i : i + unit]), key=len),
+            max((a.response_ids for a in answers[i : i + unit]), key=len),
+        )
+        for i in range(0, len(answers), unit)
+    ]
+    for part in micro_batches(joined, max_tokens // unit):
+        yield slice(part.start * unit, part.stop * unit)
+
+
+def answer_scores(log_ratio_N: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum_t q_t, mean_t q_t) of every answer: [N] -> [B], [B]. beta only scales them."""
+    sums_B = torch.stack([piece.sum() for piece in log_ratio_N.split(lengths_of(cu_seqlens).tolist())])
+    return sums_B, sums_B / lengths_of(cu_seqlens)
+
+
+def auc(scores: Tensor, labels: Tensor) -> float:
+    """P(score of a right answer > score of a wrong one), ties count half; nan when there is only one kind."""
+    right, wrong = scores[labels > 0].double(), scores[labels <= 0].double().sort().values
+    if not len(right) or not len(wrong):
+        return float("nan")
+    below = torch.searchsorted(wrong, right) + torch.searchsorted(wrong, right, right=True)
+    return (below.sum() / (2 * len(right) * len(wrong))).item()
