@@ -70,7 +70,7 @@ def make_inputs(shape: Shape, seed: int = 0) -> Inputs:
 
 
 def step(case: Case, inputs: Inputs, implementation: str, **options) -> Callable[[], list[Tensor]]:
-    """A callable that runs forward and backward once and returns the gradients. `options` go to the chunked function."""
+    """A callable that runs forward and backward once and returns the gradients. `options` go to chunked."""
     hidden_ND = inputs.hidden_ND.requires_grad_()
     weight_VD = inputs.weight_VD.requires_grad_(not case.frozen)
     wanted = [hidden_ND] if case.frozen else [hidden_ND, weight_VD]

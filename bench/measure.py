@@ -1,11 +1,11 @@
 """Time and memory on CPU.
 
-Time: the candidates run in turn, round after round, so that a change of the machine's load meets all of them; median and
-10th / 90th percentile in seconds.
+Time: the candidates run in turn, round after round, so that a change of the machine's load meets all of them. Wall
+time (median, 10th and 90th percentile), and the processor time of all threads, which a busy machine stretches less.
 
-Memory: the kernel's own high-water mark of resident memory (VmHWM of /proc/self/status), reset just before the run, minus
-the resident memory at that moment. Resident pages are what a machine runs out of; a profiler of torch's allocator would
-miss the buffers of BLAS. Each measurement has a process of its own, so no allocator keeps pages of an earlier run.
+Memory: the kernel's own high-water mark of resident memory (VmHWM of /proc/self/status), reset just before the run,
+less the resident memory at that moment. Resident pages are what a machine runs out of; a profiler of torch's allocator
+would miss the buffers of BLAS. Each measurement has a process of its own: no allocator keeps pages of an earlier run.
 """
 
 import gc
@@ -20,33 +20,32 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class Timing(NamedTuple):
-    """Seconds."""
+    """Seconds: wall time, and the median processor time of all threads together."""
 
     median: float
     p10: float
     p90: float
+    cpu_median: float
     rounds: int
 
 
 def interleaved(functions: dict[str, Callable[[], object]], rounds: int, warm_ups: int = 1) -> dict[str, Timing]:
     """Times of every function, measured A B C A B C ..., each result dropped before the next starts."""
-    seconds: dict[str, list[float]] = {name: [] for name in functions}
+    seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in functions}
     for turn in range(warm_ups + rounds):
         for name, function in functions.items():
             gc.collect()
-            start = time.perf_counter()
+            wall, cpu = time.perf_counter(), time.process_time()
             function()
             if turn >= warm_ups:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: summarize(values) for name, values in seconds.items()}
+                seconds[name].append((time.perf_counter() - wall, time.process_time() - cpu))
+    return {name: summarize(*zip(*pairs, strict=True)) for name, pairs in seconds.items()}
 
 
-def summarize(seconds: list[float]) -> Timing:
-    """Median and percentiles of at least one value."""
-    if len(seconds) == 1:
-        return Timing(*seconds * 3, 1)
-    deciles = statistics.quantiles(seconds, n=10, method="inclusive")
-    return Timing(statistics.median(seconds), deciles[0], deciles[-1], len(seconds))
+def summarize(wall: tuple[float, ...], cpu: tuple[float, ...]) -> Timing:
+    """Of at least one round."""
+    deciles = statistics.quantiles(wall, n=10, method="inclusive") if len(wall) > 1 else [*wall, *wall]
+    return Timing(statistics.median(wall), deciles[0], deciles[-1], statistics.median(cpu), len(wall))
 
 
 def resident_bytes(field: str) -> int:

@@ -1,6 +1,6 @@
 """The two published settings of the method, `paper` and `official` (the authors' code), as data.
 
-One field per row of the table in docs/presets.md where the two differ or a user would ask. A trainer configuration
+One field per row of the table in docs/method.md where the two differ or a user would ask. A trainer configuration
 starts from a preset and overrides fields by name; the library functions never read a preset by themselves.
 """
 

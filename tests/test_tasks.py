@@ -94,24 +94,26 @@ def test_answer_of(response, answer):
 
 
 @pytest.mark.parametrize(
-    ("response", "positions"),
+    ("response", "due"),  # `due`: the determined characters in place of what was written; ";" is not counted
     [
-        (CHAIN_TRACE, [(4, "5"), (10, "9"), (16, "6"), (19, "6")]),
-        ("5*5=4;4-6=8;8-3=5;#6", [(4, "5"), (10, "8"), (16, "5"), (19, "5")]),  # judged by what was stated
-        ("5*5=5;5+6=1;1-3=8;#8", [(4, "5")]),  # another operation: nothing is determined after it
-        ("5*5=x;5-6=9;", [(4, "5")]),  # a digit was due, none came
-        ("5*5=", []),  # nothing written yet
-        ("5*5=55;", [(4, "5")]),
-        ("", []),
+        (CHAIN_TRACE, CHAIN_TRACE),
+        ("5*5=4;4-6=8;8-3=5;#6", "5*5=5;4-6=8;8-3=5;#5"),  # judged by what was stated
+        ("5*5=5;5+6=1;1-3=8;#8", "5*5=5;5-"),  # another operation: nothing is determined after it
+        ("5*5=x;5-6=9;", "5*5=5"),  # a digit was due, none came
+        ("5*5=", "5*5="),  # nothing more was written
+        ("5*5=55;", "5*5=5"),
+        ("#5", "5"),  # too early: a first step was due
+        ("", ""),
     ],
 )
-def test_chain_result_positions_by_hand(response, positions):
-    assert ChainTask().result_positions(CHAIN, response) == positions
+def test_chain_due_positions_by_hand(response, due):
+    expected = [(at, character) for at, character in enumerate(due) if character != ";"]
+    assert ChainTask().due_positions(CHAIN, response) == expected
 
 
-def test_let_graph_result_positions_by_hand():
+def test_let_graph_due_positions_by_hand():
     task = LetGraphTask()
-    assert task.result_positions(GRAPH, "l=2;k=3;f=l-k=2-3=8;#8") == [
+    assert task.due_positions(GRAPH, "l=2;k=3;f=l-k=2-3=8;#8") == [
         (2, "1"),
         (6, "3"),
         (14, "2"),
@@ -119,7 +121,7 @@ def test_let_graph_result_positions_by_hand():
         (18, "9"),
     ]
     # A wrong substitution leaves the rest of the step undetermined.
-    assert task.result_positions(GRAPH, "k=3;l=1;f=l-k=1-5=6;b=l+f=1+6=7;") == [
+    assert task.due_positions(GRAPH, "k=3;l=1;f=l-k=1-5=6;b=l+f=1+6=7;") == [
         (2, "3"),
         (6, "1"),
         (14, "1"),
@@ -252,7 +254,7 @@ def test_any_response_is_read(task, garbage, cut, style):
     assert -1 <= check.first_error <= len(check.steps)
     if check.first_error == -1:
         assert task.answer_of(response) == example.answer
-    positions = task.result_positions(example, response, style)
+    positions = task.due_positions(example, response, style)
     assert all(0 <= at < len(response) and len(digit) == 1 for at, digit in positions)
     if check.first_error == -1:
         assert all(response[at] == digit for at, digit in positions)

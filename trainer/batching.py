@@ -66,7 +66,7 @@ def micro_batches(answers: Sequence[Answer], max_tokens: int) -> Iterator[slice]
 
 
 def map_rows(model: nn.Module, answers: Sequence[Answer], max_tokens: int, function: Callable) -> list[Tensor]:
-    """function(hidden [n, D], TokenBatch, rows: slice of the packed vector) -> tuple of [n, ...], concatenated. No gradient."""
+    """function(hidden [n, D], TokenBatch, slice of the packed rows) -> tuple of [n, ...]; concatenated, no gradient."""
     device = next(model.parameters()).device
     pieces, row = [], 0
     with torch.no_grad():

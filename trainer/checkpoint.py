@@ -5,7 +5,6 @@ seeds itself from (seed, phase, step), so step 37 draws the same numbers whether
 """
 
 import json
-import zlib
 from pathlib import Path
 
 import torch
@@ -13,13 +12,6 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from ipvrm_core.trainer.files import remove_folder, write_folder, write_json
-
-
-def seed_step(seed: int, *names) -> int:
-    """Seed torch for one step and return the seed: a pure function of its arguments."""
-    value = zlib.crc32(repr((seed, *names)).encode())
-    torch.manual_seed(value)
-    return value
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -60,7 +52,7 @@ def load(folder: Path, models: dict[str, nn.Module], optimizers: dict[str, torch
         saved, own = load_file(newest / f"{name}.safetensors"), trainable(model)
         if saved.keys() != own.keys():
             raise ValueError(
-                f"{newest}: weights of {name!r} do not fit the model; differing: {sorted(saved.keys() ^ own.keys())[:3]}"
+                f"{newest}: weights of {name!r} do not fit the model: {sorted(saved.keys() ^ own.keys())[:3]}"
             )
         with torch.no_grad():
             for key, parameter in own.items():

@@ -33,7 +33,7 @@ def collect(experiment: Experiment, model: nn.Module, preset: Preset, cursor: in
     mixed, unmixed, first = [], [], None
     statuses: dict[str, int] = {"no_answer": 0, "timeout": 0, "error": 0}
     for _ in range(max_rounds if preset.too_few_mixed == "sample_on" else 1):
-        examples = experiment.train_examples(cursor, preset.prompts)
+        examples = experiment.examples("rl", cursor, preset.prompts)
         cursor += preset.prompts
         samples, verdicts = sample_and_verify(
             experiment, model, examples, preset.rollouts, **generation_settings(experiment)

@@ -13,6 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from ipvrm_core import objectives
 from ipvrm_core.presets import PRESETS, Preset
+from ipvrm_core.reference.candidates import candidate_slots
+from ipvrm_core.trainer.data.tasks import make_task
 
 Positive = Annotated[int, Field(gt=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
@@ -26,13 +28,20 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
 
 
-def _dataclass(cls: type, values: dict):
-    """An instance of a plain dataclass with checked keys and types."""
+def _dataclass(cls: type, values: dict, table: str):
+    """An instance of a plain dataclass with checked keys and types; `table` is the key that holds `values`."""
     known = [field.name for field in fields(cls)]
     unknown = sorted(set(values) - set(known))
     if unknown:
-        raise ValueError(f"{cls.__name__} has no setting {', '.join(unknown)}; expected some of {', '.join(known)}")
-    return TypeAdapter(cls).validate_python(values)
+        raise ValueError(f"{table} has no setting {', '.join(unknown)}; expected some of {', '.join(known)}")
+    try:
+        return TypeAdapter(cls).validate_python(values)
+    except ValidationError as error:
+        located = [
+            {"type": item["type"], "loc": (table, *item["loc"]), "input": item["input"], "ctx": item.get("ctx", {})}
+            for item in error.errors()
+        ]
+        raise ValidationError.from_exception_data(cls.__name__, located) from None
 
 
 class Scratch(Section):
@@ -88,6 +97,7 @@ class Source(Section):
     task: str | None = Field(None, description="chain | let_graph")
     task_args: dict[str, int] = Field({}, description="difficulty, e.g. {min_ops = 4, max_ops = 8}")
     path: str | None = None
+    config: str | None = Field(None, description="which configuration, for a data set by name")
     split: str | None = Field(None, description="which split, for a data set by name")
     prompt_column: str | list[str] = Field("prompt", description="one column, or several to be joined")
     answer_column: str = "answer"
@@ -100,6 +110,8 @@ class Source(Section):
     def _one_kind(self):
         if (self.task is None) == (self.path is None):
             raise ValueError(f"exactly one of task and path must be set; got task={self.task!r}, path={self.path!r}")
+        if self.task:
+            make_task(self.task, **self.task_args)  # raises for an unknown task or difficulty
         return self
 
 
@@ -115,8 +127,9 @@ class Optim(Section):
 
 
 class Sft(Section):
-    """Next-token training on the demonstrations (`solution`) of the training data."""
+    """Next-token training on the demonstrations (`solution`) of its own data, or else of the training data."""
 
+    data: Source | None = None
     steps: Positive = 200
     batch: Positive = Field(64, description="sequences a step")
     optim: Optim = Optim(lr=5e-5, warmup=2)
@@ -137,7 +150,10 @@ class RewardModel(Section):
     objective: str = "ipvrm"
     args: dict[str, float | str] = Field({}, description="settings of the objective, e.g. {margin = 5.0}")
     steps: Positive = 500
-    batch: Positive = Field(64, description="sequences a step: half right, half wrong, in pairs of one prompt")
+    batch: Positive = Field(64, description="sequences a step")
+    selection: Literal["pairs", "answers"] = Field(
+        "pairs", description="pairs of one right and one wrong answer, or all answers of mixed prompts, balanced"
+    )
     pairs_per_prompt: Positive | None = Field(None, description="pairs drawn from one prompt; None: as many as it has")
     optim: Optim = Optim(lr=5e-7)
     validate_every: Positive = 100
@@ -145,12 +161,16 @@ class RewardModel(Section):
     @model_validator(mode="after")
     def _objective_exists(self):
         self.__dict__["args"] = asdict(self.build())  # resolved: what config.json shows is what runs
-        if self.batch % 2:
+        if self.batch % 2 and self.selection == "pairs":
             raise ValueError(f"batch must be even, for it holds pairs; got {self.batch}")
+        if objectives.find(self.objective).pairwise and self.selection != "pairs":
+            raise ValueError(f"objective {self.objective!r} needs selection = 'pairs'; got {self.selection!r}")
+        if self.pairs_per_prompt and self.selection != "pairs":
+            raise ValueError(f"pairs_per_prompt needs selection = 'pairs'; got {self.selection!r}")
         return self
 
     def build(self, **override) -> objectives.Objective:
-        return _dataclass(objectives.find(self.objective), {**self.args, **override})
+        return _dataclass(objectives.find(self.objective), {**self.args, **override}, "args")
 
 
 class RlRewardModel(Section):
@@ -179,17 +199,18 @@ class Rl(Section):
     @model_validator(mode="after")
     def _method_is_possible(self):
         preset = self.resolved()
-        if preset.keep_prompts > preset.prompts:
-            raise ValueError(f"keep_prompts must be <= prompts = {preset.prompts}; got {preset.keep_prompts}")
+        if not 1 <= preset.keep_prompts <= preset.prompts:
+            raise ValueError(f"keep_prompts must be in 1 .. prompts = {preset.prompts}; got {preset.keep_prompts}")
         if preset.rollouts < 2:
             raise ValueError(f"rollouts must be >= 2 for a group to have a spread; got {preset.rollouts}")
         preset.loss_config()
+        candidate_slots(preset.p_min, top_k=preset.top_k)  # raises for a rule that cannot be
         self.__dict__["method"] = asdict(preset)  # resolved: what config.json shows is what runs
         return self
 
     def resolved(self) -> Preset:
         """The preset with `method` applied."""
-        return _dataclass(Preset, {**asdict(PRESETS[self.preset]), **self.method})
+        return _dataclass(Preset, {**asdict(PRESETS[self.preset]), **self.method}, "method")
 
 
 class Generation(Section):
@@ -211,7 +232,9 @@ class Eval(Section):
 
 
 class Verifier(Section):
-    kind: str = Field("math", description="exact | math | package.module:function")
+    kind: str = Field(
+        "math", pattern=r"^(exact|math|[\w.]+:\w+)$", description="exact | math | package.module:function"
+    )
     timeout_s: PositiveFloat = 5.0
     workers: Positive = 2
 
@@ -248,16 +271,26 @@ class Config(Section):
                 raise ValueError(
                     f"rl.{name}.reward_model.name must be one of {sorted(self.rm)}; got {rl.reward_model.name!r}"
                 )
+            if rl.reward_model and rl.reward_model.update != "none" and self.rm[rl.reward_model.name].build().pairwise:
+                raise ValueError(
+                    f"rl.{name}.reward_model.update must be 'none' for the pairwise objective "
+                    f"{self.rm[rl.reward_model.name].objective!r}; got {rl.reward_model.update!r}"
+                )
         for name in [*self.rm, *self.rl]:
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"names of reward models and policy runs become folders; got {name!r}")
-        if self.sft and not (self.data.task or self.data.solution_column):
-            raise ValueError("sft needs demonstrations: set data.solution_column")
+        if self.data.task and self.test.task != self.data.task:
+            raise ValueError(f"test.task must be data.task = {self.data.task!r}; got {self.test.task!r}")
+        source = self.sft and (self.sft.data or self.data)
+        if source and not (source.task or source.solution_column):
+            raise ValueError("sft needs demonstrations: set solution_column in sft.data, or in data")
+        if self.model.scratch and not self.data.task:
+            raise ValueError("model.scratch has the characters of a built-in task: set data.task")
         return self
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a TOML file, apply `key.path=value` overrides (values in TOML syntax, bare words as strings), check it all."""
+    """Read a TOML file, apply `key.path=value` overrides (TOML syntax, bare words are strings), check it all."""
     path = Path(path)
     if not path.is_file():
         raise ConfigError(f"configuration must be a TOML file; {path} does not exist")

@@ -1,6 +1,5 @@
 """What every phase shares: the configuration, the run folder, data, tokenizer, verifier and device."""
 
-from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
@@ -9,12 +8,12 @@ from torch import nn
 
 from ipvrm_core.trainer import models
 from ipvrm_core.trainer.batching import Answer
-from ipvrm_core.trainer.checkpoint import seed_step
 from ipvrm_core.trainer.config import Config, ConfigError, Source
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.files import load_examples
 from ipvrm_core.trainer.data.tasks import make_task
 from ipvrm_core.trainer.files import write_text
+from ipvrm_core.trainer.seeds import epoch_slice, stable_seed
 from ipvrm_core.trainer.verify import make_verifier
 
 
@@ -64,48 +63,46 @@ class Experiment:
         return make_task(source.task, **source.task_args) if source.task else None
 
     @cached_property
-    def _train(self) -> Callable[[int, int], list[Example]]:
-        return self._source(self.config.data, "train")
+    def _rows(self) -> dict[str, list[Example]]:
+        return {}
 
-    @cached_property
-    def _test(self) -> Callable[[int, int], list[Example]]:
-        return self._source(self.config.test, "test")
+    def examples(self, stream: str, start: int, count: int) -> list[Example]:
+        """Training examples start .. start + count of an endless stream, a pure function of its arguments.
 
-    def _source(self, source: Source, split: str) -> Callable[[int, int], list[Example]]:
-        """(start, count) -> examples. Tasks never end; a file is walked in a new fixed order every epoch."""
+        Streams ("sft", "rollout", "rl") are independent orders: a built-in task draws other problems for each, a
+        file is walked in another shuffled order, epoch after epoch.
+        """
+        source = self.config.sft.data if stream == "sft" and self.config.sft.data else self.config.data
+        seed = stable_seed(self.config.seed, "data", stream)
         if source.task:
-            task = make_task(source.task, **source.task_args)
-            return lambda start, count: task.examples(self.config.seed, split, start, count)
-        rows = load_examples(
-            source.path,
-            source.split,
-            {
-                "prompt": source.prompt_column,
-                "answer": source.answer_column,
-                **({"solution": source.solution_column} if source.solution_column else {}),
-            },
-            prompt_template=source.prompt_template,
-            answer_pattern=source.answer_pattern,
-            limit=source.limit,
-        )
-
-        def take(start: int, count: int) -> list[Example]:
-            if split == "test":
-                return rows[start : start + count]
-            taken = []
-            for index in range(start, start + count):
-                epoch, place = divmod(index, len(rows))
-                order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(self.config.seed + epoch))
-                taken.append(rows[order[place]])
-            return taken
-
-        return take
-
-    def train_examples(self, start: int, count: int) -> list[Example]:
-        return self._train(start, count)
+            return make_task(source.task, **source.task_args).examples(seed, "train", start, count)
+        rows = self._read(source)
+        return [rows[index] for index in epoch_slice(len(rows), start, count, seed)]
 
     def test_examples(self, count: int) -> list[Example]:
-        return self._test(0, count)
+        """The first `count` test examples, the same for every seed of a built-in task."""
+        source = self.config.test
+        if source.task:
+            return make_task(source.task, **source.task_args).examples(0, "test", 0, count)
+        return self._read(source)[:count]
+
+    def _read(self, source: Source) -> list[Example]:
+        key = source.model_dump_json()
+        if key not in self._rows:
+            self._rows[key] = load_examples(
+                source.path,
+                source.split,
+                {
+                    "prompt": source.prompt_column,
+                    "answer": source.answer_column,
+                    **({"solution": source.solution_column} if source.solution_column else {}),
+                },
+                config=source.config,
+                prompt_template=source.prompt_template,
+                answer_pattern=source.answer_pattern,
+                limit=source.limit,
+            )
+        return self._rows[key]
 
     # ---- text
 
@@ -120,9 +117,8 @@ class Experiment:
             if not isinstance(example.prompt, str):
                 raise ValueError(f"example {example.id} is a chat, but the tokenizer has no chat template")
             return tokenizer(example.prompt)["input_ids"]
-        messages = (
-            [{"role": "user", "content": example.prompt}] if isinstance(example.prompt, str) else [*example.prompt]
-        )
+        is_text = isinstance(example.prompt, str)
+        messages = [{"role": "user", "content": example.prompt}] if is_text else [*example.prompt]
         if self.config.model.system_prompt and messages[0]["role"] != "system":
             messages.insert(0, {"role": "system", "content": self.config.model.system_prompt})
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -149,7 +145,7 @@ class Experiment:
 
     def seed(self, *names) -> None:
         """Seed torch for one step of one phase."""
-        seed_step(self.config.seed, *names)
+        torch.manual_seed(stable_seed(self.config.seed, *names))
 
     def start_policy(self) -> nn.Module:
         """The policy that rollouts, reward models and RL start from: after SFT where there is SFT."""

@@ -19,7 +19,7 @@ def _fsync(path: Path) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """The whole text or nothing."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two phases may start side by side
     temporary.write_text(text)
     _fsync(temporary)
     os.replace(temporary, path)

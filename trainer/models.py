@@ -11,13 +11,15 @@ from ipvrm_core.trainer.files import write_folder
 
 
 def character_tokenizer(alphabet: str):
-    """One token per character of `alphabet`; <pad> and <eos> besides. Anything else is an error, not an unknown token."""
-    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    """One token per character of `alphabet`, and <pad> and <eos>; any other character is an error, not an unknown."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     vocabulary = {token: index for index, token in enumerate(["<pad>", "<eos>", *sorted(set(alphabet))])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
+    tokenizer.decoder = decoders.Fuse()  # without it, decoding puts spaces between the characters
+    tokenizer.decoder = decoders.Fuse()  # without a decoder the tokens would be joined by spaces
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
     )
@@ -80,7 +82,7 @@ def start_model(model: Model, tokenizer) -> nn.Module:
 
 
 def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
-    """Adapters on everything but the head: the fused loss reads the head's weight, so an adapter there would be lost."""
+    """Adapters on all but the head: the fused loss reads the head's weight, so an adapter there would be lost."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(

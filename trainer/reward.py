@@ -41,8 +41,8 @@ def backward_reward_loss(
 ) -> float:
     """Accumulate the gradient of sum_b w_b loss_b over micro-batches; returns the loss.
 
-    A pairwise objective takes sequences (2 p, 2 p + 1) as winner and loser of pair p and weighs the pair by the winner's
-    weight; its pairs are never cut apart.
+    A pairwise objective takes sequences (2 p, 2 p + 1) as winner and loser of pair p, which are never cut apart, and
+    weighs the pair by twice the winner's weight.
     """
     logprobs = _logprobs(experiment, model)
     unit = 2 if objective.pairwise else 1
@@ -74,14 +74,9 @@ def backward_reward_loss(
 
 def _parts(answers: Sequence[Answer], max_tokens: int, unit: int):
     """Micro-batch slices in multiples of `unit` sequences."""
-    joined = [
-        Answer(
-            max((a.prompt_ids for a in answers[i : i + unit]), key=len),
-            max((a.response_ids for a in answers[i : i + unit]), key=len),
-        )
-        for i in range(0, len(answers), unit)
-    ]
-    for part in micro_batches(joined, max_tokens // unit):
+    units = [answers[start : start + unit] for start in range(0, len(answers), unit)]
+    longest = [max(group, key=lambda answer: len(answer.prompt_ids) + len(answer.response_ids)) for group in units]
+    for part in micro_batches(longest, max_tokens // unit):
         yield slice(part.start * unit, part.stop * unit)
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ipvrm_core.trainer.models import causal_lm
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -65,6 +67,7 @@ def generate(
 def _generate_batch(model, tokenizer, prompts, temperature, top_p, max_new_tokens) -> list[Sample]:
     from transformers import GenerationConfig, LogitsProcessorList
 
+    model = causal_lm(model)
     device = next(model.parameters()).device
     longest = max(map(len, prompts))
     ids_BL = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts], device=device)
@@ -73,7 +76,8 @@ def _generate_batch(model, tokenizer, prompts, temperature, top_p, max_new_token
     greedy = temperature == 0
     settings = {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": 0}
     keeper = _KeepLogprobs(1.0 if greedy or top_p < 1 else temperature)
-    # A fresh GenerationConfig: a model's own one may carry top-k, penalties, or another length limit.
+    # A model's own GenerationConfig may carry top-k, penalties or another length limit, and `generate` takes from it
+    # whatever is not given: both are fresh here.
     config = GenerationConfig(
         do_sample=not greedy,
         max_new_tokens=max_new_tokens,
@@ -81,12 +85,16 @@ def _generate_batch(model, tokenizer, prompts, temperature, top_p, max_new_token
         pad_token_id=tokenizer.pad_token_id,
         **settings,
     )
-    out_BL = model.generate(
-        input_ids=ids_BL,
-        attention_mask=mask_BL,
-        generation_config=config,
-        logits_processor=LogitsProcessorList([keeper]),
-    )
+    own, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        out_BL = model.generate(
+            input_ids=ids_BL,
+            attention_mask=mask_BL,
+            generation_config=config,
+            logits_processor=LogitsProcessorList([keeper]),
+        )
+    finally:
+        model.generation_config = own
     keeper.read(out_BL)
     logprobs_BT = torch.cat(keeper.columns, dim=1).tolist()
     made = []

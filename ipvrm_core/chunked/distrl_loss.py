@@ -36,14 +36,14 @@ def distrl_loss(
     gradients = HeadGradients(head, *need)
     ids_NK = batch_N.ids_NK
     metrics_NM = hidden.new_empty(head.N, len(METRICS), dtype=head.wide)
-    for rows, z_nV, scratch_nV in head.chunks():
-        softmax = row_softmax_(z_nV, scratch_nV, ids_NK[rows])
+    for rows, z_nV in head.chunks():
+        softmax = row_softmax_(z_nV, head.scratch, ids_NK[rows])
         terms = policy_terms(softmax.logprobs_NK, softmax.entropy_N, batch_N.rows(rows), settings)
         metrics_NM[rows] = terms.metrics_NM
         if any(need):
             grad_entropy_n = terms.grad_entropy_N if settings.entropy_coef else None
             dz_nV = logit_gradient_(
-                softmax, ids_NK[rows], terms.c_NK, settings.temperature, grad_entropy_N=grad_entropy_n
+                softmax, head.scratch, ids_NK[rows], terms.c_NK, settings.temperature, grad_entropy_N=grad_entropy_n
             )
             gradients.add(rows, dz_nV)
     metrics_M = metrics_NM.sum(0)

@@ -8,10 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Bytes for the private [n, V] buffers of one call. CPU: the flat part of the sweep in bench/results. CUDA: 1024 or more
+# Bytes for the private [n, V] buffers of one call. CPU: where the sweep of bench/cpu.py turns flat. CUDA: 1024 or more
 # rows of a 150k vocabulary, where a matrix product is bound by arithmetic; derived, not yet measured.
-DEFAULT_BUFFER_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+DEFAULT_BUFFER_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 _ROW_MULTIPLE = 64
+# Row statistics go over a scratch of this size: in cache on a CPU, few launches on a GPU.
+_SCRATCH_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 
 def default_buffer_bytes(device: torch.device) -> int:
@@ -25,9 +27,9 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if doubles else torch.float32
 
 
-def rows_per_chunk(n_rows: int, vocabulary: int, bytes_per_logit: int, max_buffer_bytes: int) -> int:
-    """How many rows fit in the budget: at least 1, at most N, a multiple of 64 when there are that many."""
-    rows = max_buffer_bytes // (vocabulary * bytes_per_logit)
+def rows_per_chunk(n_rows: int, vocabulary: int, bytes_per_logit: int, buffer_bytes: int) -> int:
+    """How many rows fit: at least 1, at most N, a multiple of 64 when there are that many."""
+    rows = buffer_bytes // (vocabulary * bytes_per_logit)
     if rows > _ROW_MULTIPLE:
         rows -= rows % _ROW_MULTIPLE
     return max(1, min(n_rows, rows))
@@ -53,20 +55,22 @@ class Head:
         self.weight = weight if weight is None or self.tensor_cores else weight.to(self.wide)
         self.bias = None if bias is None else bias.to(self.wide)
         self.temperature = temperature
-        bytes_per_logit = 2 * self.wide.itemsize + 2 * self.tensor_cores
-        n = rows_per_chunk(self.N, self.V, bytes_per_logit, max_buffer_bytes)
+        bytes_per_logit = self.wide.itemsize + 2 * self.tensor_cores
+        scratch_bytes = min(_SCRATCH_BYTES.get(hidden.device.type, 256 << 20), max_buffer_bytes // 4)
+        n = rows_per_chunk(self.N, self.V, bytes_per_logit, max_buffer_bytes - scratch_bytes)
         self._chunks = [slice(a, min(a + n, self.N)) for a in range(0, self.N, n)]
-        self._logits, self._scratch = (hidden.new_empty(n, self.V, dtype=self.wide) for _ in range(2))
+        self._logits = hidden.new_empty(n, self.V, dtype=self.wide)
+        b = rows_per_chunk(n, self.V, self.wide.itemsize, scratch_bytes)
+        self.scratch = hidden.new_empty(b, self.V, dtype=self.wide)
 
     def hidden_rows(self, rows: slice) -> Tensor:
         """h[rows] as the operand of a product with W or dz."""
         return self.hidden[rows] if self.tensor_cores else self.hidden[rows].to(self.wide)
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """(rows, z [n, V], scratch [n, V]); both buffers are the caller's to overwrite until the next chunk."""
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, z [n, V]); z is the caller's to overwrite until the next chunk, and so is `scratch` at any time."""
         for rows in self._chunks:
-            n = rows.stop - rows.start
-            yield rows, self._fill(rows, self._logits[:n]), self._scratch[:n]
+            yield rows, self._fill(rows, self._logits[: rows.stop - rows.start])
 
     def _fill(self, rows: slice, z_nV: Tensor) -> Tensor:
         if self.weight is None:

@@ -22,8 +22,8 @@ def linear_logprobs(
     head = Head(hidden, weight, bias, temperature, max_buffer_bytes)
     logprobs_NK = hidden.new_empty(ids.shape, dtype=head.wide)
     lse_N, entropy_N = (hidden.new_empty(head.N, dtype=head.wide) for _ in range(2))
-    for rows, z_nV, scratch_nV in head.chunks():
-        softmax = row_softmax_(z_nV, scratch_nV, ids[rows])
+    for rows, z_nV in head.chunks():
+        softmax = row_softmax_(z_nV, head.scratch, ids[rows])
         logprobs_NK[rows], lse_N[rows], entropy_N[rows] = softmax.logprobs_NK, softmax.lse_N, softmax.entropy_N
     return logprobs_NK, lse_N, entropy_N
 
@@ -51,12 +51,12 @@ def linear_logprobs_backward(
     """(dh, dW, db) from the gradients of the three outputs, None where an output was not used; need = (h, W, b)."""
     head = Head(hidden, weight, bias, temperature, max_buffer_bytes)
     gradients = HeadGradients(head, *need)
-    for rows, z_nV, scratch_nV in head.chunks():
+    for rows, z_nV in head.chunks():
         ids_nK = ids[rows]
-        softmax = row_softmax_(z_nV, scratch_nV, ids_nK)
+        softmax = row_softmax_(z_nV, head.scratch, ids_nK)
         c_nK = torch.zeros_like(softmax.logprobs_NK) if grad_logprobs is None else grad_logprobs[rows]
         others = (None if grad is None else grad[rows] for grad in (grad_lse, grad_entropy))
-        gradients.add(rows, logit_gradient_(softmax, ids_nK, c_nK, temperature, *others))
+        gradients.add(rows, logit_gradient_(softmax, head.scratch, ids_nK, c_nK, temperature, *others))
     return gradients.result(hidden, weight, bias)
 
 

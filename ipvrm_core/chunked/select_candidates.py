@@ -47,11 +47,11 @@ def select_candidates(
     ids_NK = sampled_ids.new_empty(head.N, K)
     logprobs_NK = hidden.new_empty(head.N, K, dtype=head.wide)
     sampled_N, entropy_N = (hidden.new_empty(head.N, dtype=head.wide) for _ in range(2))
-    for rows, z_nV, scratch_nV in head.chunks():
+    for rows, z_nV in head.chunks():
         sampled_n1 = sampled_ids[rows, None]
         # Ascending ids: the stable sorts below then resolve equal probabilities by the smaller id.
         likely_nk = z_nV.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
-        softmax = row_softmax_(z_nV, scratch_nV, torch.cat([likely_nk, sampled_n1], dim=1))
+        softmax = row_softmax_(z_nV, head.scratch, torch.cat([likely_nk, sampled_n1], dim=1))
         sampled_N[rows], entropy_N[rows] = softmax.logprobs_NK[:, k], softmax.entropy_N
         logp_nk = softmax.logprobs_NK[:, :k]
         member_nk = logp_nk > math.log(p_min) if strict else logp_nk >= math.log(p_min)

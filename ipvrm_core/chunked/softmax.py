@@ -1,4 +1,4 @@
-"""Softmax of a chunk of rows in its own buffers, and the gradient with respect to the logits.
+"""Softmax of a chunk of rows in the buffer of its logits, and the gradient with respect to the logits.
 
     log p_v = (z_v - max) - log s,  s = sum_v exp(z_v - max),  H = log s - (1/s) sum_v exp(z_v - max) (z_v - max)
 
@@ -6,7 +6,7 @@ For L = f(log p at ids, LSE, H) with c_k = dL/dlog p_k, S = sum_k c_k, g = dL/dL
 
     dL/dz_v = sum_k c_k [v = id_k] - S p_v + g p_v - e p_v (log p_v + H)                                          (1)
 
-Shape letters: N rows (those of one chunk), V vocabulary, K ids a row.
+Shape letters: N rows (those of one chunk), B rows of the scratch buffer, V vocabulary, K ids a row.
 """
 
 from typing import NamedTuple
@@ -15,42 +15,43 @@ import torch
 from torch import Tensor
 
 
-def gather_ids(x_NV: Tensor, ids_NK: Tensor) -> Tensor:
-    """x at ids, exactly 0 where id < 0 (padding): [N, V], [N, K] -> [N, K]."""
-    return x_NV.gather(1, ids_NK.clamp(min=0)).masked_fill_(ids_NK < 0, 0.0)
-
-
 class RowSoftmax(NamedTuple):
-    """`exp_NV` holds exp(z - max) and `weighted_NV` holds exp(z - max) (z - max), in the chunk's two buffers."""
+    """`exp_NV` holds exp(z - max) in the buffer that z came in."""
 
     exp_NV: Tensor
-    weighted_NV: Tensor
     sum_N1: Tensor
     logprobs_NK: Tensor
     lse_N: Tensor
     entropy_N: Tensor
 
 
-def row_softmax_(z_NV: Tensor, scratch_NV: Tensor, ids_NK: Tensor) -> RowSoftmax:
-    """Statistics of every row of z, which is overwritten, as is the scratch of the same shape.
+def row_softmax_(z_NV: Tensor, scratch_BV: Tensor, ids_NK: Tensor) -> RowSoftmax:
+    """Statistics of every row of z, which becomes exp(z - max); log p at ids [N, K], 0 where id < 0 (padding).
 
+    B rows are worked on at a time, so that on a CPU the sweeps over a row meet it in cache.
     The largest logit is subtracted before anything is rounded, so log p keeps its digits at |z| ~ 1e4 where LSE cannot.
     A logit of -inf has probability 0 and adds nothing to the entropy.
     """
-    max_N1 = z_NV.amax(-1, keepdim=True)
-    z_NV.sub_(max_N1)
-    exp_NV = torch.exp(z_NV, out=scratch_NV)
-    sum_N1 = exp_NV.sum(-1, keepdim=True)
+    max_N1, sum_N1, weighted_N1 = (z_NV.new_empty(len(z_NV), 1) for _ in range(3))
+    logprobs_NK = z_NV.new_empty(ids_NK.shape)
+    for start in range(0, len(z_NV), len(scratch_BV)):
+        rows = slice(start, start + len(scratch_BV))
+        x_BV = z_NV[rows]
+        x_BV.sub_(torch.amax(x_BV, -1, keepdim=True, out=max_N1[rows]))
+        logprobs_NK[rows] = x_BV.gather(1, ids_NK[rows].clamp(min=0))
+        weighted_BV = scratch_BV[: len(x_BV)].copy_(x_BV)
+        torch.sum(x_BV.exp_(), -1, keepdim=True, out=sum_N1[rows])
+        # 0 * -inf is the only NaN that may be skipped: any other NaN is in the plain sum too.
+        torch.nansum(weighted_BV.mul_(x_BV), -1, keepdim=True, out=weighted_N1[rows])
     log_sum_N1 = sum_N1.log()
-    logprobs_NK = (gather_ids(z_NV, ids_NK) - log_sum_N1).masked_fill_(ids_NK < 0, 0.0)
-    weighted_NV = z_NV.mul_(exp_NV)
-    # 0 * -inf is the only NaN that may be skipped: any other NaN is in `sum_N1` too.
-    entropy_N = (log_sum_N1 - weighted_NV.nansum(-1, keepdim=True) / sum_N1)[:, 0]
-    return RowSoftmax(exp_NV, weighted_NV, sum_N1, logprobs_NK, (max_N1 + log_sum_N1)[:, 0], entropy_N)
+    logprobs_NK.sub_(log_sum_N1).masked_fill_(ids_NK < 0, 0.0)
+    lse_N, entropy_N = (max_N1 + log_sum_N1)[:, 0], (log_sum_N1 - weighted_N1 / sum_N1)[:, 0]
+    return RowSoftmax(z_NV, sum_N1, logprobs_NK, lse_N, entropy_N)
 
 
 def logit_gradient_(
     softmax: RowSoftmax,
+    scratch_BV: Tensor,
     ids_NK: Tensor,
     c_NK: Tensor,
     temperature: float,
@@ -62,14 +63,23 @@ def logit_gradient_(
     on_p_N = -c_NK.sum(-1)
     if grad_lse_N is not None:
         on_p_N = on_p_N + grad_lse_N / temperature
-    if grad_entropy_N is not None:
+    if grad_entropy_N is None:
+        dz_NV = softmax.exp_NV.mul_(on_p_N[:, None] / softmax.sum_N1)
+    else:
         grad_entropy_N = grad_entropy_N / temperature
         on_p_N = on_p_N + grad_entropy_N * (softmax.sum_N1[:, 0].log() - softmax.entropy_N)
-    dz_NV = softmax.exp_NV.mul_(on_p_N[:, None] / softmax.sum_N1)
-    if grad_entropy_N is not None:
-        weighted_NV = softmax.weighted_NV.nan_to_num_(nan=0.0)
-        dz_NV.sub_(weighted_NV.mul_(grad_entropy_N[:, None] / softmax.sum_N1))
+        dz_NV = _with_entropy_(softmax, scratch_BV, on_p_N[:, None], grad_entropy_N[:, None])
     # Slot by slot: on a GPU one scatter over all slots adds equal ids by atomics, in any order.
     for k in range(ids_NK.shape[1]):
         dz_NV.scatter_add_(1, ids_NK[:, k : k + 1].clamp(min=0), c_NK[:, k : k + 1])
     return dz_NV
+
+
+def _with_entropy_(softmax: RowSoftmax, scratch_BV: Tensor, on_p_N1: Tensor, grad_entropy_N1: Tensor) -> Tensor:
+    """(E a - e E log E) / s over E = exp(z - max), where E log E is 0 at E = 0."""
+    for start in range(0, len(softmax.exp_NV), len(scratch_BV)):
+        rows = slice(start, start + len(scratch_BV))
+        exp_BV, sum_B1 = softmax.exp_NV[rows], softmax.sum_N1[rows]
+        weighted_BV = torch.xlogy(exp_BV, exp_BV, out=scratch_BV[: len(exp_BV)])
+        exp_BV.mul_(on_p_N1[rows] / sum_B1).sub_(weighted_BV.mul_(grad_entropy_N1[rows] / sum_B1))
+    return softmax.exp_NV

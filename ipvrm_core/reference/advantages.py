@@ -44,7 +44,12 @@ def td_advantages(delta: Tensor, sigma: Tensor) -> Tensor:
 
 
 def outcome_advantages(rewards_B: Tensor, groups_B: Tensor) -> Tensor:
-    """A = (r - mean_group) / std_group, population std; 0 for a group whose rewards are all equal: [B] (GRPO)."""
+    """A = (r - mean_group) / std_group, population std; 0 for a group whose rewards are all equal: [B] (GRPO).
+
+    Integer rewards are taken as float32.
+    """
+    if not rewards_B.is_floating_point():
+        rewards_B = rewards_B.to(torch.float32)
     mean_B, std_B = group_moments(rewards_B, groups_B)
     # Equal rewards are found by comparing them: the mean of equal floats may round, and the std is then tiny, not 0.
     index_B = groups_B.unique(return_inverse=True)[1]

@@ -22,7 +22,7 @@ def candidate_mass(candidate_ids_NK: Tensor, candidate_old_logprobs_NK: Tensor) 
 
 
 def normalizers(cu_seqlens: Tensor, mask_N: Tensor, mass_N: Tensor) -> Normalizers:
-    """Counts of one batch. Over micro-batches or ranks: add the three numbers up. mask_N bool; mass_N of `candidate_mass`.
+    """Counts of one batch: mask_N bool, mass_N of `candidate_mass`. Over micro-batches or ranks the three add up.
 
     Waits for the device once; call it when the batch is made, not in the hot path.
     """

@@ -1,6 +1,6 @@
 """Sums and scans that stay inside a sequence of a packed batch.
 
-Scans go through the padded form: each sequence's result then depends on its own tokens alone, to the last bit, whatever
+All go through the padded form: each sequence's result then depends on its own tokens alone, to the last bit, whatever
 else is in the batch (a running sum over the packed vector minus offsets would not).
 """
 
@@ -16,7 +16,9 @@ def _repack(padded_BT: Tensor, cu_seqlens: Tensor) -> Tensor:
 
 def segment_sum(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
     """y_b = sum_{t in b} x_t: [N] -> [B]; 0 for an empty sequence."""
-    return unpack(x_N, cu_seqlens).sum(1)
+    padded_BT = unpack(x_N, cu_seqlens)
+    # The last running sum rather than .sum(1), whose order of additions depends on the padded length.
+    return padded_BT.cumsum(1)[:, -1] if padded_BT.shape[1] else padded_BT.sum(1)
 
 
 def segment_mean(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:

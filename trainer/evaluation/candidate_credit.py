@@ -1,7 +1,7 @@
-"""Does the TD advantage favour the true token? Measurable where a task determines the next digit.
+"""Does the TD advantage favour the true token? Measurable where a task determines the next token.
 
-Over positions where a result digit is due, the true digit is in C_t and |C_t| > 1: how often has the true digit the
-highest TD advantage? Compared with the policy's own most probable token, and with chance (mean of 1 / |C_t|).
+Over positions where the next token is determined, the true token is in C_t and |C_t| > 1: how often has it the highest TD
+advantage? Compared with the policy's own most probable token, and with chance (mean of 1 / |C_t|).
 """
 
 from collections.abc import Sequence
@@ -22,13 +22,12 @@ def true_tokens(experiment: Experiment, examples: Sequence[Example], samples: Se
     tokenizer, due = experiment.tokenizer, []
     for example, sample in zip(examples, samples, strict=True):
         text = experiment.decode(sample.response_ids)
-        starts = {
-            start: t for t, (start, _) in enumerate(tokenizer(text, return_offsets_mapping=True)["offset_mapping"])
-        }
+        ids, special = sample.response_ids, set(tokenizer.all_special_ids)
+        starts = {len(experiment.decode(ids[:t])): t for t, token in enumerate(ids) if token not in special}
         row = [-1] * len(sample.response_ids)
-        for position, digit in experiment.task.result_positions(example, text):
+        for position, character in experiment.task.due_positions(example, text):
             if position in starts:
-                row[starts[position]] = tokenizer.convert_tokens_to_ids(digit)
+                row[starts[position]] = tokenizer.convert_tokens_to_ids(character)
         due += row
     return torch.tensor(due)
 

@@ -36,9 +36,9 @@ def f1_at(scores: Sequence[Sequence[float]], labels: Sequence[int], threshold: f
 def best_f1(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> F1:
     """The highest F1 over all thresholds, by an exact sweep over the unique scores (ties: the lowest threshold).
 
-    As the threshold rises, the prediction of a trace only changes where the running minimum of its scores drops: step l is
-    predicted exactly for thresholds in (score_l, lowest score before l]. So every trace adds one interval in which it is
-    right, and one pass over the sorted ends counts them all: O(S log S) for S scores.
+    Step l is predicted exactly for thresholds in (score_l, lowest score before l], -1 up to the lowest score of all. So
+    a trace adds one interval in which it is right, and one pass over the sorted ends counts them all: O(S log S) for S
+    scores.
     """
     unique = sorted({score for row in scores for score in row})
     cuts = [*unique, np.inf]  # threshold cuts[i]: exactly the scores below it are "wrong"

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 from tqdm import tqdm
 
@@ -16,6 +17,7 @@ from ipvrm_core.trainer.models import head_of
 from ipvrm_core.trainer.phases.training import phase_folder
 from ipvrm_core.trainer.rollouts import Sample, generate
 from ipvrm_core.trainer.verify import Verdict
+from ipvrm_core.trainer.verify.base import Status
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def run(experiment: Experiment, resume: bool = False) -> None:
             if path.exists():
                 continue
             experiment.seed("rollout", number)
-            examples = experiment.train_examples(start, min(rollout.batch, rollout.prompts - start))
+            examples = experiment.examples("rollout", start, min(rollout.batch, rollout.prompts - start))
             samples, verdicts = sample_and_verify(
                 experiment, model, examples, rollout.samples, **generation_settings(experiment)
             )
@@ -110,10 +112,7 @@ def summarize(shards: Path) -> dict:
         "accuracy": sum(row["correct"] for row in rows) / len(rows),
         "mixed_prompts": sum(0 < sum(group) < len(group) for group in groups.values()) / len(groups),
         "finished": sum(row["finished"] for row in rows) / len(rows),
-        **{
-            f"verdict_{name}": sum(row["status"] == name for row in rows)
-            for name in ("ok", "no_answer", "timeout", "error")
-        },
+        **{f"verdict_{name}": sum(row["status"] == name for row in rows) for name in get_args(Status)},
     }
 
 

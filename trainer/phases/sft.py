@@ -24,7 +24,7 @@ def run(experiment: Experiment, resume: bool = False) -> None:
         )
         for step in training.steps():
             experiment.seed("sft", step)
-            examples = experiment.train_examples((step - 1) * sft.batch, sft.batch)
+            examples = experiment.examples("sft", (step - 1) * sft.batch, sft.batch)
             answers = [experiment.demonstration(example) for example in examples]
             tokens = sum(len(answer.response_ids) for answer in answers)
             total = 0.0

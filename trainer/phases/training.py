@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from ipvrm_core.trainer import checkpoint
+from ipvrm_core.trainer.config import ConfigError
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.files import locked
 from ipvrm_core.trainer.metrics import MetricsLog
@@ -20,13 +22,15 @@ class AlreadyStartedError(RuntimeError):
 
 @contextmanager
 def phase_folder(folder: Path, result: str, resume: bool) -> Iterator[bool]:
-    """Hold the folder; yields False when `result` is already there (nothing to do). AlreadyStartedError without `resume`."""
+    """Hold the folder; yields False when `result` is there. AlreadyStartedError on old work without `resume`."""
     with locked(folder):
         done = (folder / result).exists()
         started = any(path.name != ".lock" for path in folder.iterdir())
         if started and not resume:
             state = "finished" if done else "started"
-            raise AlreadyStartedError(f"{folder} is already {state}; pass --resume to go on, or take another --run folder")
+            raise AlreadyStartedError(
+                f"{folder} is already {state}; pass --resume to go on, or take another --run folder"
+            )
         yield not done
 
 
@@ -61,11 +65,11 @@ class Training:
     def _wandb(self, label: str):
         if not self.experiment.config.wandb:
             return None
+        if find_spec("wandb") is None:
+            raise ConfigError("wandb = true needs the package wandb, which is not installed")
         import wandb
 
-        return wandb.init(
-            project=self.experiment.config.name, name=label, dir=str(self.folder), resume="allow", id=None
-        )
+        return wandb.init(project=self.experiment.config.name, name=label, dir=str(self.folder))
 
     def steps(self) -> Iterator[int]:
         for step in range(self.done + 1, self.total + 1):

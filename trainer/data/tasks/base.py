@@ -55,16 +55,17 @@ class LabelledTrace:
 class DueStep:
     """The one right way to write a step after what was stated before it.
 
-    digits are the offsets in `text` of the digits that the stated values determine; the last of them is the value that
+    determined are the offsets in `text` of the characters that the prompt and the stated values determine (a task may
+    leave some out, such as names that can come in any order); the last of them is the digit of the value that
     the step itself states.
     """
 
     text: str
-    digits: tuple[int, ...]
+    determined: tuple[int, ...]
 
     def stated_by(self, written: str) -> str | None:
         """The digit that `written` states in place of the due value; None if it differs anywhere else."""
-        at = self.digits[-1]
+        at = self.determined[-1]
         digit = written[at : at + 1]
         follows = digit != "" and digit in DIGITS and written == self.text[:at] + digit + self.text[at + 1 :]
         return digit if follows else None
@@ -89,7 +90,7 @@ class Walk(ABC):
 
     def corrupted(self, due: DueStep, rng: random.Random) -> str:
         """`due` with one error in it, still well-formed. Here: another digit as the stated value."""
-        at = due.digits[-1]
+        at = due.determined[-1]
         wrong = rng.choice([digit for digit in DIGITS if digit != due.text[at]])
         return due.text[:at] + wrong + due.text[at + 1 :]
 
@@ -162,8 +163,8 @@ class Task(ABC):
             walk.state(due.text)
         return StepCheck(steps, -1 if walk.finished else len(steps))
 
-    def result_positions(self, example: Example, response: str, style: str = "train") -> list[tuple[int, str]]:
-        """(index, digit) for every character of the response where the stated values determine a digit.
+    def due_positions(self, example: Example, response: str, style: str = "train") -> list[tuple[int, str]]:
+        """(index, character) for every place in the response where prompt and stated values determine the character.
 
         A wrong digit does not end the reading: what follows is judged by the value it states. The first step that is
         malformed or asks another operation does, since nothing is determined after it.
@@ -176,7 +177,9 @@ class Task(ABC):
             if due is None:
                 break
             positions += [
-                (start + at, due.text[at]) for at in due.digits if at < len(written) and written[:at] == due.text[:at]
+                (start + at, due.text[at])
+                for at in due.determined
+                if at < len(written) and written[:at] == due.text[:at]
             ]
             if due.stated_by(written) is None:
                 break

@@ -38,7 +38,7 @@ class ChainWalk(Walk):
 
     def next_due(self) -> DueStep:
         if self.done == len(self.operations):
-            return DueStep(f"#{self.value}", (1,))
+            return DueStep(f"#{self.value}", (0, 1))
         return self._step(*self.operations[self.done])
 
     def state(self, step: str) -> None:
@@ -63,7 +63,7 @@ class ChainWalk(Walk):
     def _step(self, operator: str, operand: int) -> DueStep:
         left = "" if self.terse and self.done > 0 else str(self.value)
         text = f"{left}{operator}{operand}={OPERATORS[operator](self.value, operand)};"
-        return DueStep(text, (len(text) - 2,))
+        return DueStep(text, tuple(range(len(text) - 1)))  # up to the result; the ";" adds nothing
 
 
 @dataclass(frozen=True)

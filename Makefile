@@ -1,0 +1,29 @@
+# make test   set up and run the tests          make demo   set up and run the demo to its report
+# make bench  CPU benchmark                     make lint   ruff            make clean
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: test demo bench lint clean
+
+test: $(INSTALLED) lint
+	$(BIN)/python -m pytest -q
+
+demo: $(INSTALLED)
+	$(BIN)/ipvrm run trainer/configs/demo.toml --run runs/demo --jobs 2 --resume
+
+bench: $(INSTALLED)
+	$(BIN)/python -m ipvrm_core.bench.cpu
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

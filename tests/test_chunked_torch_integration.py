@@ -1,0 +1,181 @@
+"""The chunked backend inside torch: operator checks, compilation, autocast, memory, second derivatives."""
+
+import math
+from dataclasses import astuple, fields
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import ipvrm_core as ic
+from ipvrm_core.chunked.distrl_loss import distrl_loss as distrl_loss_op
+from ipvrm_core.chunked.head import Head, rows_per_chunk
+from ipvrm_core.chunked.linear_logprobs import linear_logprobs as linear_logprobs_op
+from ipvrm_core.chunked.linear_logprobs import linear_logprobs_backward as backward_op
+from ipvrm_core.chunked.select_candidates import select_candidates as select_candidates_op
+
+N, D, V, K = 20, 6, 67, 3
+CONFIG = ic.PolicyLossConfig(dual_clip=3.0, temperature=0.7, kl_coef=0.1, entropy_coef=0.1)
+
+
+def inputs(dtype=torch.float32, weight_grad=True):
+    torch.manual_seed(0)
+    hidden = torch.randn(N, D, dtype=dtype, requires_grad=True)
+    weight = torch.randn(V, D, dtype=dtype, requires_grad=weight_grad)
+    ids = torch.randint(-1, V, (N, K))
+    old = -torch.rand(N, 1 + K) - 3
+    batch = ic.PolicyBatch(
+        torch.randint(V, (N,)),
+        old[:, 0],
+        torch.randn(N),
+        torch.rand(N),
+        ids,
+        old[:, 1:],
+        torch.randn(N, K),
+        torch.rand(N),
+        old[:, 0],
+    )
+    return hidden, weight, batch
+
+
+def op_arguments(batch, need):
+    settings = [math.inf if value is None else float(value) for value in astuple(CONFIG)]
+    return [getattr(batch, field.name) for field in fields(batch)], settings, 2 * 4 * V * 7, need
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("linear", [False, True])
+def test_opcheck(linear, bias):
+    hidden, weight, batch = inputs()
+    bias_V = torch.randn(V, requires_grad=True) if bias and linear else None
+    if not linear:
+        hidden, weight = torch.randn(N, V, requires_grad=True), None
+    head = (hidden, weight, bias_V)
+    frozen = tuple(None if x is None else x.detach() for x in head)
+    need = [x is not None for x in head]
+    budget = 2 * 4 * V * 7
+    torch.library.opcheck(distrl_loss_op, (*head, *op_arguments(batch, need)))
+    torch.library.opcheck(distrl_loss_op, (*frozen, *op_arguments(batch, [False] * 3)))
+    torch.library.opcheck(linear_logprobs_op, (*head, batch.ids_NK, 0.7, budget))
+    grads = (torch.randn(N, 1 + K), None, torch.randn(N))
+    torch.library.opcheck(backward_op, (*grads, *frozen, batch.ids_NK, 0.7, budget, need))
+    exclude = torch.arange(N) % 2 == 0
+    rule = (0.1, False, 2, True, 0.7, budget)
+    torch.library.opcheck(select_candidates_op, (*frozen, batch.sampled_ids_N, exclude, *rule))
+
+
+def all_functions(hidden, weight, batch):
+    """One scalar through every public function; the candidates' log-probs are constants."""
+    rows = ic.linear_logprobs(hidden, weight, batch.ids_NK, temperature=0.7)
+    found = ic.select_candidates(hidden, weight, batch.sampled_ids_N, keep_sampled=True)
+    loss = ic.distrl_loss(hidden, weight, batch, CONFIG)
+    from_logits = ic.distrl_loss_from_logits(hidden @ weight.t(), batch, CONFIG).loss
+    return (
+        loss.loss
+        + loss.metrics["ratio"]
+        + rows.logprobs_NK.sum()
+        + rows.entropy_N.sum()
+        + from_logits
+        + (found.logprobs_NK.sum() + found.counts_N.sum())
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, on the first use of inductor
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("weight_grad", [True, False])
+def test_compile_without_a_graph_break(backend, weight_grad):
+    hidden, weight, batch = inputs(weight_grad=weight_grad)
+    wanted = [hidden, weight] if weight_grad else [hidden]
+    expected = all_functions(hidden, weight, batch)
+    got = torch.compile(all_functions, fullgraph=True, backend=backend)(hidden, weight, batch)
+    torch.testing.assert_close(got, expected)
+    for one, other in zip(torch.autograd.grad(got * 2, wanted), torch.autograd.grad(expected * 2, wanted), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_autocast_changes_nothing():
+    """The products stay float32 inside an autocast region: log-probabilities are what the region is left for."""
+    hidden, weight, batch = inputs()
+
+    def gradients():
+        total = (
+            ic.distrl_loss(hidden, weight, batch, CONFIG).loss
+            + ic.linear_logprobs(hidden, weight, batch.ids_NK)[0].sum()
+        )
+        return torch.autograd.grad(total, [hidden, weight])
+
+    plain = gradients()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = gradients()
+    assert all(torch.equal(one, other) for one, other in zip(plain, inside, strict=True))
+
+
+class LargestTensor(TorchDispatchMode):
+    """Numel of the largest tensor that any operation returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(value, torch.Tensor) and value._base is None:
+                self.numel = max(self.numel, value.numel())
+        return out
+
+
+def test_nothing_of_size_tokens_times_vocabulary_is_made():
+    hidden, weight, batch = inputs()
+    rows = 4
+    options = {"max_buffer_bytes": 4 * V * (rows + 1)}
+    with LargestTensor() as largest:
+        ic.select_candidates(hidden, weight, batch.sampled_ids_N, **options)
+        loss = ic.distrl_loss(hidden, weight, batch, CONFIG, **options).loss
+        (loss + ic.linear_logprobs(hidden, weight, batch.ids_NK, **options).entropy_N.sum()).backward()
+    assert largest.numel == max(rows * V, V * D)
+    with LargestTensor() as largest:  # the instrument sees what it is for
+        ic.distrl_loss(hidden, weight, batch, CONFIG, backend="reference")
+    assert largest.numel >= N * V
+
+
+@pytest.mark.parametrize(
+    ("n_rows", "budget", "expected"),
+    [
+        (1000, 1, 1),
+        (1000, 8 * V * 3, 3),
+        (1000, 8 * V * 65, 64),
+        (1000, 8 * V * 200, 192),
+        (50, 1 << 30, 50),
+        (0, 1, 1),
+    ],
+)
+def test_rows_per_chunk(n_rows, budget, expected):
+    assert rows_per_chunk(n_rows, V, 8, budget) == expected
+
+
+@pytest.mark.parametrize("rows", [7, 40, 1000])
+def test_buffers_fit_the_budget(rows):
+    """Down to the smallest budget that holds a row of logits and a row of scratch."""
+    budget = 4 * V * rows
+    head = Head(torch.randn(100, D), torch.randn(V, D), None, 1.0, budget)
+    chunks = [(rows, z.nbytes) for rows, z in head.chunks()]
+    assert torch.cat([torch.arange(100)[rows] for rows, _ in chunks]).tolist() == list(range(100))
+    assert max(size for _, size in chunks) + head.scratch.nbytes <= budget
+
+
+def test_second_derivatives_are_refused():
+    hidden, weight, batch = inputs()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(ic.distrl_loss(hidden, weight, batch).loss, hidden, create_graph=True)
+    (first,) = torch.autograd.grad(
+        ic.linear_logprobs(hidden, weight, batch.ids_NK).logprobs_NK.sum(), hidden, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="autograd"):
+        first.sum().backward()
+
+
+def test_backward_twice_gives_the_same():
+    hidden, weight, batch = inputs()
+    loss = ic.distrl_loss(hidden, weight, batch).loss
+    first, second = (torch.autograd.grad(loss, [hidden, weight], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))

@@ -1,0 +1,310 @@
+"""Kill any phase at any moment and go on: the same numbers as without the kill, through the real command line.
+
+Run A is not interrupted. Run B loses every phase to SIGKILL, some of them twice and one in the middle of writing a
+checkpoint; then it goes on with --resume. Both are made once and shared by the tests.
+"""
+
+import contextlib
+import hashlib
+import io
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from safetensors import safe_open
+
+from ipvrm_core.trainer.cli import main
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = """
+name = "tiny"
+device = "cpu"
+checkpoint_every = 2
+micro_batch_tokens = 1024
+model.scratch = { hidden_size = 32, layers = 1, heads = 2, kv_heads = 2, intermediate_size = 64 }
+data = { task = "chain", task_args = { min_ops = 1, max_ops = 2 } }
+test = { task = "chain", task_args = { min_ops = 1, max_ops = 2 } }
+verifier = { kind = "exact" }
+generation = { max_new_tokens = 20, batch = 64 }
+sft = { steps = 40, batch = 32, optim = { lr = 1e-2, warmup = 5, schedule = "cosine" } }
+rollout = { prompts = 24, samples = 8, held_out = 8, batch = 2 }
+eval = { prompts = 16, samples = 4, traces = 40 }
+
+[rm.prefix]
+steps = 21
+batch = 16
+validate_every = 5
+optim = { lr = 1e-3 }
+
+[rl.dist]
+steps = 8
+minibatch = 16
+method = { prompts = 16, keep_prompts = 4, rollouts = 8, alpha = 1.0 }
+optim = { lr = 1e-3, warmup = 2 }
+reward_model = { name = "prefix", update = "before", batch = 16, optim = { lr = 1e-3 } }
+"""
+
+# The command line in a process that kills itself at the n-th rename of a folder: the checkpoint (or model) is complete
+# on disk under its temporary name, but is not there yet. os.kill with SIGKILL leaves no time for any clean-up.
+KILLED_AT_RENAME = """
+import os, signal, sys
+rename, left = os.rename, [int(sys.argv.pop(1))]
+def killing(source, target):
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(source, target)
+os.rename = killing
+from ipvrm_core.trainer.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+PHASES = ("sft", "rollout", "train-rm", "distrl", "eval")
+FOLDERS = {"sft": "sft", "rollout": "rollout", "train-rm": "rm/prefix", "distrl": "rl/dist", "eval": "eval"}
+RESULTS = {"sft": "model", "rollout": "summary.json", "train-rm": "model", "distrl": "model", "eval": "results.json"}
+TRAINED = ("sft", "rm/prefix", "rl/dist")
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _files(folder: Path) -> dict[str, tuple[str, int]]:
+    """Digest and time of change of every file but the locks."""
+    return {
+        str(path.relative_to(folder)): (_digest(path), path.stat().st_mtime_ns)
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != ".lock"
+    }
+
+
+def _lines(path: Path) -> int:
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+class Runs:
+    """The uninterrupted run `a`, the interrupted run `b`, and what was seen on the way."""
+
+    def __init__(self, folder: Path):
+        self.config = folder / "tiny.toml"
+        self.config.write_text(CONFIG)
+        self.a, self.b = folder / "a", folder / "b"
+        self.seen: dict[str, object] = {}
+
+    def words(self, phase: str, run: Path, *more: str) -> list[str]:
+        return [phase, str(self.config), *more, "--run", str(run)]
+
+    def start(self, phase: str, *, resume: bool, renames: int | None = None) -> subprocess.Popen:
+        program = ["-m", "ipvrm_core.trainer.cli"] if renames is None else ["-c", KILLED_AT_RENAME, str(renames)]
+        words = self.words(phase, self.b, *(["--resume"] if resume else []))
+        log = open(self.b.with_suffix(".txt"), "a")  # noqa: SIM115 - the process owns it
+        with log:
+            return subprocess.Popen(
+                [sys.executable, *program, *words], cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log
+            )
+
+    def kill_when(self, condition, phase: str, *, resume: bool = False, paused=None) -> None:
+        """Start a phase, stop it at the first moment `condition` holds, look around (`paused`), kill it."""
+        folder = self.b / FOLDERS[phase]
+        for _ in range(5):  # on a busy machine the phase may be over before we look
+            process = self.start(phase, resume=resume)
+            try:
+                while not condition() and process.poll() is None:
+                    time.sleep(0.002)
+                process.send_signal(signal.SIGSTOP)
+                in_time = process.poll() is None and not (folder / RESULTS[phase]).exists()
+                if in_time and paused:
+                    paused()
+            finally:
+                process.kill()
+                process.wait()
+            assert process.returncode in (0, -signal.SIGKILL), self.log()
+            if in_time:
+                return
+            shutil.rmtree(folder)
+        raise AssertionError(f"{phase} was always over before it could be killed")
+
+    def kill_at_rename(self, phase: str, number: int) -> None:
+        assert self.start(phase, resume=True, renames=number).wait() == -signal.SIGKILL, self.log()
+
+    def resume(self, phase: str) -> None:
+        assert self.start(phase, resume=True).wait() == 0, self.log()
+
+    def log(self) -> str:
+        return self.b.with_suffix(".txt").read_text()[-3000:]
+
+    def refusal(self, phase: str, *more: str) -> str:
+        """What the command line says in this process when it refuses; asserts that nothing was touched."""
+        before, text = _files(self.b), io.StringIO()
+        with contextlib.redirect_stderr(text):
+            assert main(self.words(phase, self.b, *more)) == 2
+        assert _files(self.b) == before
+        return text.getvalue()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    made = Runs(tmp_path_factory.mktemp("runs"))
+    chain = [shlex.join([sys.executable, "-m", "ipvrm_core.trainer.cli", *made.words(p, made.a)]) for p in PHASES]
+    log = made.a.with_suffix(".txt")
+    with open(log, "w") as output:
+        straight = subprocess.Popen(  # beside run B
+            ["sh", "-c", " && ".join(chain)],
+            cwd=ROOT,
+            env=ENVIRONMENT,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+    try:
+        _interrupted(made)
+        assert straight.wait(timeout=600) == 0, log.read_text()[-3000:]
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(straight.pid, signal.SIGKILL)
+        straight.wait()
+    return made
+
+
+def _interrupted(made: Runs) -> None:
+    """Run B. Every assertion here makes sure that a kill came where it was meant to."""
+    b, seen = made.b, made.seen
+
+    made.kill_when((b / "config.json").exists, "sft")  # very early: nothing but the configuration
+    assert _lines(b / "sft" / "metrics.jsonl") == 0
+
+    metrics = b / "sft" / "metrics.jsonl"
+
+    def others_are_refused():
+        seen["second process"] = made.refusal("sft", "--resume")
+
+    made.kill_when(lambda: _lines(metrics) >= 3, "sft", resume=True, paused=others_are_refused)
+    seen["started"] = made.refusal("sft")
+    with open(metrics, "a") as file:
+        file.write('{"step": 39, "nl')  # a line cut short, as a kill within write() would leave it
+    made.kill_at_rename("sft", 3)  # rename 1: a checkpoint, 2: its predecessor goes, 3: the next checkpoint
+    assert list((b / "sft").glob(".step-*.tmp/state.json"))
+    assert 3 <= _lines(metrics) < 40
+    made.resume("sft")
+
+    made.kill_when(lambda: len(list((b / "rollout/shards").glob("*.json"))) >= 3, "rollout")
+    assert len(list((b / "rollout/shards").glob("*.json"))) < 12
+    made.resume("rollout")
+
+    made.kill_when(lambda: _lines(b / "rm/prefix/metrics.jsonl") >= 3, "train-rm")
+    made.resume("train-rm")
+
+    made.kill_when(lambda: _lines(b / "rl/dist/metrics.jsonl") >= 3, "distrl")
+    made.kill_at_rename("distrl", 2)  # the new checkpoint is there, the old one not gone yet
+    assert len(list((b / "rl/dist").glob("step-*"))) == 2
+    made.resume("distrl")
+
+    made.kill_when((b / "eval/policy-start.json").exists, "eval")
+    made.resume("eval")
+
+
+@pytest.mark.parametrize("folder", TRAINED)
+def test_final_weights_are_bit_identical(runs, folder):
+    assert _digest(runs.a / folder / "model/model.safetensors") == _digest(runs.b / folder / "model/model.safetensors")
+
+
+@pytest.mark.parametrize("folder", TRAINED)
+def test_training_moved_the_weights(runs, folder):
+    start = "init" if folder == "sft" else "sft"
+    if start == "init":
+        lines = _metrics(runs.a / folder)
+        assert lines[-1]["nll"] < 0.7 * lines[0]["nll"]
+    else:
+        assert _digest(runs.a / folder / "model/model.safetensors") != _digest(runs.a / "sft/model/model.safetensors")
+
+
+def _metrics(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in ("seconds", "peak_memory_mb")} for line in lines]
+
+
+@pytest.mark.parametrize(("folder", "steps"), [("sft", 40), ("rm/prefix", 21), ("rl/dist", 8)])
+def test_metrics_are_equal_line_by_line(runs, folder, steps):
+    straight, interrupted = _metrics(runs.a / folder), _metrics(runs.b / folder)
+    assert [line["step"] for line in straight] == list(range(1, steps + 1))
+    assert interrupted == straight
+
+
+def test_rollouts_are_equal(runs):
+    shards = sorted((runs.a / "rollout/shards").iterdir())
+    assert len(shards) == 12
+    for path in [*shards, runs.a / "rollout/summary.json"]:
+        assert (runs.b / path.relative_to(runs.a)).read_text() == path.read_text()
+
+
+def test_evaluation_is_equal(runs):
+    names = sorted(path.name for path in (runs.a / "eval").glob("*.json"))
+    assert names == ["policy-dist.json", "policy-start.json", "results.json", "rm-prefix.json"]
+    for name in names:
+        assert (runs.b / "eval" / name).read_text() == (runs.a / "eval" / name).read_text()
+
+
+def test_nothing_is_left_behind(runs):
+    """The same files in both runs: no temporary folders, no superseded checkpoints."""
+
+    def kept(run: Path) -> set[str]:
+        return {name for name in _files(run) if "tensorboard" not in name}
+
+    assert kept(runs.b) == kept(runs.a)
+    assert {Path(name).suffix for name in kept(runs.a)} == {".json", ".jsonl", ".safetensors"}  # no pickle, no rubbish
+
+
+def test_the_last_checkpoint_holds_both_models_and_both_optimisers(runs):
+    (newest,) = (runs.a / "rl/dist").glob("step-*")
+    state = json.loads((newest / "state.json").read_text())
+    assert state["step"] == 8
+    assert state["cursor"] >= 8 * 16  # prompts already used; never asked again
+    for name in ("policy", "reward_model", "policy.optimizer", "reward_model.optimizer"):
+        with safe_open(newest / f"{name}.safetensors", "pt") as file:
+            assert len(list(file.keys())) > 0
+
+
+def test_a_second_process_on_the_same_phase_is_refused(runs):
+    assert "in use" in runs.seen["second process"]
+    assert str(runs.b / "sft") in runs.seen["second process"]
+
+
+def test_a_killed_phase_is_not_started_again_without_resume(runs):
+    assert "--resume" in runs.seen["started"]
+
+
+@pytest.mark.parametrize("phase", PHASES)
+def test_a_finished_phase_is_refused_without_resume_and_kept_with_it(runs, phase):
+    assert "--resume" in runs.refusal(phase)
+    before = _files(runs.b)
+    assert main(runs.words(phase, runs.b, "--resume")) == 0
+    assert _files(runs.b) == before
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("sft.steps=41", "sft.steps"),
+        ("rl.dist.method.alpha=0.5", "rl.dist.method.alpha"),
+        ("data.task_args.max_ops=3", "data.task_args.max_ops"),
+        ("seed=1", "seed"),
+    ],
+)
+def test_another_configuration_in_the_same_folder_is_refused(runs, override, key):
+    for more in ([override], [override, "--resume"]):
+        message = runs.refusal("sft", *more)
+        assert key in message
+        assert str(runs.b) in message
+
+
+def test_the_resolved_configuration_of_the_run_is_accepted(runs):
+    assert main(["sft", str(runs.b / "config.json"), "--run", str(runs.b), "--resume"]) == 0

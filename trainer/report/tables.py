@@ -1,0 +1,116 @@
+"""The tables of the page: rows of plain values, made from a collected run."""
+
+import statistics
+from dataclasses import dataclass
+from math import sqrt
+
+from ipvrm_core.trainer.config import Config
+from ipvrm_core.trainer.report.collect import Phase, Run
+from ipvrm_core.trainer.report.plots import window
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share, its difference to the starting policy, and whether that is more than two standard errors."""
+
+    value: float | None
+    change: float | None = None
+    clear: bool = False
+
+
+def policies(run: Run) -> dict:
+    """{"columns": [(key, title)], "rows": [(name, method, {key: Share}, result)], "prompts": n}; {} without results."""
+    results = {key.removeprefix("policy-"): value for key, value in run.evaluation.items() if key.startswith("policy-")}
+    if not results:
+        return {}
+    present = list(dict.fromkeys(key for result in results.values() for key in result))
+    columns = [
+        ("greedy", "greedy"),
+        *((key, key) for key in present if key.startswith(("avg@", "pass@"))),
+        ("all_steps_greedy", "all steps right, greedy"),
+        ("all_steps", "all steps right, sampled"),
+    ]
+    start = results.get("start", {})
+    return {
+        "columns": [column for column in columns if column[0] in present],
+        "rows": [
+            (
+                "start" if name == "start" else f"rl.{name}",
+                method(run.config, name),
+                {key: _share(key, result, {} if name == "start" else start) for key, _ in columns},
+                result,
+            )
+            for name, result in results.items()
+        ],
+        "prompts": max(result.get("prompts", 0) for result in results.values()),
+    }
+
+
+def _share(key: str, result: dict, start: dict) -> Share:
+    """Standard error with prompts as units, as if the two policies had seen different ones: on the safe side."""
+    value, before = result.get(key), start.get(key)
+    if value is None or before is None:
+        return Share(value)
+    variance = sum(p * (1 - p) / max(1, r.get("prompts", 0)) for p, r in ((value, result), (before, start)))
+    return Share(value, value - before, abs(value - before) > 2 * sqrt(variance))
+
+
+def method(config: Config, name: str) -> str:
+    """The policy run in a few words."""
+    if name == "start":
+        return "after SFT" if config.sft else "as given"
+    rl = config.rl.get(name)
+    if rl is None:
+        return ""
+    if rl.reward_model is None:
+        return "GRPO, outcome reward only"
+    settings = rl.resolved()
+    kind = "DistRL" if settings.alpha else "GRPO with process reward"
+    return f"{kind}, rm.{rl.reward_model.name}, α = {settings.alpha:g}, GAE × {settings.gae_coef:g}"
+
+
+def reward_models(run: Run) -> list[tuple[str, dict, dict]]:
+    """(name, {format: {protocol: numbers}}, candidate credit) per evaluated reward model."""
+    rows = []
+    for key, result in run.evaluation.items():
+        if key.startswith("rm-"):
+            formats: dict[str, dict] = {}
+            for cell, numbers in result["localisation"].items():
+                style, protocol = cell.split("/")
+                formats.setdefault(style, {})[protocol] = numbers
+            rows.append((key.replace("rm-", "rm.", 1), formats, result.get("candidate_credit", {})))
+    return rows
+
+
+def training(phases: list[Phase], loss: str, ends: tuple[str, ...] = ()) -> list[dict]:
+    """First and last loss (the last as a mean over the smoothing window) and the last value of `ends`."""
+    rows = []
+    for phase in phases:
+        values = [value for _, value in phase.points(loss)]
+        if values:
+            last = values[-window(len(values)) :]
+            finals = {name: points[-1][1] for name in ends if (points := phase.points(name))}
+            step = phase.lines[-1]["step"]
+            rows.append(
+                {"key": phase.key, "step": step, "first": values[0], "last": statistics.fmean(last), "ends": finals}
+            )
+    return rows
+
+
+def cost(run: Run) -> list[dict]:
+    """Steps, seconds and peak memory of every training phase that has lines."""
+    rows = []
+    for phase in run.training:
+        seconds = [value for _, value in phase.points("seconds")]
+        if seconds:
+            memory = [value for _, value in phase.points("peak_memory_mb")]
+            rows.append(
+                {
+                    "key": phase.key,
+                    "steps": len(seconds),
+                    "total": sum(seconds),
+                    "median": statistics.median(seconds),
+                    "memory": max(memory, default=None),
+                }
+            )
+    return rows
