@@ -339,6 +339,30 @@ def test_junk_in_padded_slots_is_never_read():
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["chunked", "reference"])
+def test_a_row_of_weight_zero_may_hold_anything(backend):
+    """Garbage in masked rows changes neither loss, metrics nor gradients: 0 * inf never reaches a sum."""
+    problem = make_problem(9, 6, 65, 4)
+    weights = problem.batch.token_weights_N.clone()
+    weights[2] = weights[5] = 0.0
+    clean = replace(problem.batch, token_weights_N=weights, candidate_weights_N=weights)
+    dead = weights == 0
+    garbage = replace(
+        clean,
+        old_logprobs_N=clean.old_logprobs_N.masked_fill(dead, -1e9),
+        ref_logprobs_N=clean.ref_logprobs_N.masked_fill(dead, 1e9),
+        advantages_N=clean.advantages_N.masked_fill(dead, math.inf),
+        candidate_old_logprobs_NK=clean.candidate_old_logprobs_NK.masked_fill(dead[:, None], -1e9),
+    )
+    outputs = [
+        ic.distrl_loss(problem.hidden, problem.weight, b, CONFIGS["everything"], bias=problem.bias, backend=backend)
+        for b in (clean, garbage)
+    ]
+    assert all(torch.equal(outputs[0].metrics[name], outputs[1].metrics[name]) for name in outputs[0].metrics)
+    results = [loss_and_gradients(output, problem.inputs, 1.0) for output in outputs]
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 def test_coefficients_of_equal_ids_add():
     """One row, the sampled token also twice among the candidates: dL/dz by hand."""
     logits = torch.tensor([[math.log(x) for x in (1.0, 2.0, 3.0, 4.0)]], dtype=torch.float64, requires_grad=True)

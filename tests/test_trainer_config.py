@@ -1,6 +1,7 @@
 """What a configuration may contain: everything else is refused with the key and what came."""
 
 import json
+import tomllib
 import types
 import typing
 from dataclasses import asdict, fields
@@ -12,32 +13,80 @@ from ipvrm_core.presets import PRESETS, Preset
 from ipvrm_core.trainer import cli
 from ipvrm_core.trainer.config import Config, ConfigError, Section, check, load
 
-DEMO = Path(__file__).resolve().parents[1] / "trainer" / "configs" / "demo.toml"
+SHIPPED = sorted((Path(__file__).resolve().parents[1] / "trainer" / "configs").glob("*.toml"))
+BASE = """
+name = "base"
+model.scratch = { hidden_size = 128, layers = 2 }
+data = { task = "chain", task_args = { min_ops = 4, max_ops = 8 } }
+test = { task = "chain", task_args = { min_ops = 4, max_ops = 8 } }
+verifier.kind = "exact"
+generation = { max_new_tokens = 64, batch = 512 }
+sft = { steps = 190, batch = 128, optim = { lr = 2e-3, warmup = 10 } }
+rollout = { prompts = 2048, samples = 8, held_out = 128, batch = 64 }
+eval = { prompts = 512, samples = 8 }
+
+[rm.ipvrm]
+objective = "ipvrm"
+args = { beta = 10.0, margin = 5.0 }
+
+[rm.implicit_prm]
+objective = "implicit_prm"
+
+[rl.grpo]
+method = { prompts = 64, keep_prompts = 32, rollouts = 8 }
+
+[rl.distrl]
+method = { prompts = 64, keep_prompts = 32, rollouts = 8, alpha = 1.0, gae_coef = 0.0 }
+reward_model = { name = "ipvrm", update = "before", optim = { lr = 1e-4 } }
+"""
 TASK = {"task": "chain", "task_args": {"min_ops": 1, "max_ops": 2}}
 LEAST = {"model": {"scratch": {}}, "data": TASK, "test": TASK}
 
 
-def _refused(*overrides: str) -> str:
-    with pytest.raises(ConfigError) as caught:
-        load(DEMO, list(overrides))
-    return str(caught.value)
+@pytest.fixture
+def base(tmp_path) -> Path:
+    path = tmp_path / "base.toml"
+    path.write_text(BASE)
+    return path
 
 
-def test_the_demo_loads_with_the_values_of_the_file():
-    config = load(DEMO)
-    assert config.name == "demo"
-    assert config.sft.steps == 190
-    assert config.rm["ipvrm"].build().beta == 10.0
-    assert config.rl["grpo"].reward_model is None
-    distrl = config.rl["distrl"]
-    assert (distrl.resolved().alpha, distrl.resolved().gae_coef) == (1.0, 0.0)
-    assert distrl.resolved().p_min == PRESETS["paper"].p_min  # not overridden: the preset's
+@pytest.fixture
+def refused(base):
+    """refused(*overrides) -> the message."""
+
+    def message(*overrides: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load(base, list(overrides))
+        return str(caught.value)
+
+    return message
 
 
-@pytest.mark.parametrize("path", sorted(DEMO.parent.glob("*.toml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_configuration_loads(path):
     config = load(path)
     assert check(json.loads(config.model_dump_json())) == config
+
+
+def test_the_demo_has_the_values_of_its_file():
+    (path,) = (path for path in SHIPPED if path.stem == "demo")
+    raw, config = tomllib.loads(path.read_text()), load(path)
+    assert config.name == raw["name"]
+    assert config.sft.steps == raw["sft"]["steps"]
+    assert config.sft.optim.lr == raw["sft"]["optim"]["lr"]
+    for name, rl in raw["rl"].items():
+        assert config.rl[name].steps == rl["steps"]
+        assert {key: getattr(config.rl[name].resolved(), key) for key in rl["method"]} == rl["method"]
+    assert set(config.rm) == set(raw["rm"])
+
+
+def test_a_preset_fills_what_the_file_leaves_open(base):
+    config = load(base)
+    assert config.rm["ipvrm"].build().beta == 10.0
+    assert config.rl["grpo"].reward_model is None
+    distrl = config.rl["distrl"].resolved()
+    assert (distrl.alpha, distrl.gae_coef) == (1.0, 0.0)
+    assert distrl.p_min == PRESETS["paper"].p_min
 
 
 def test_the_least_configuration_has_defaults():
@@ -61,8 +110,8 @@ def test_the_least_configuration_has_defaults():
         ("rm.ipvrm.margin=4.0", "rm.ipvrm.margin", "4.0"),
     ],
 )
-def test_unknown_keys(override, key, came):
-    message = _refused(override)
+def test_unknown_keys(override, key, came, refused):
+    message = refused(override)
     assert f"{key}:" in message
     assert f"got {came}" in message
 
@@ -101,14 +150,14 @@ def test_unknown_keys(override, key, came):
         ("micro_batch_tokens=0", "micro_batch_tokens", "0"),
     ],
 )
-def test_wrong_types_and_ranges(override, key, came):
-    message = _refused(override)
+def test_wrong_types_and_ranges(override, key, came, refused):
+    message = refused(override)
     assert f"{key}:" in message
     assert f"got {came}" in message
 
 
-def test_every_offending_key_is_named_at_once():
-    message = _refused("sft.steps=many", "nonsense=1", "eval.prompts=0")
+def test_every_offending_key_is_named_at_once(refused):
+    message = refused("sft.steps=many", "nonsense=1", "eval.prompts=0")
     assert all(key in message for key in ("sft.steps", "nonsense", "eval.prompts"))
 
 
@@ -152,6 +201,9 @@ def test_missing_section(missing):
         (["rollout.held_out=2048"], ["rollout.held_out", "rollout.prompts", "2048"]),
         (["rl.distrl.reward_model.name=other"], ["rl.distrl.reward_model.name", "ipvrm", "'other'"]),
         (["rm.a/b.objective=ipvrm"], ["folders", "'a/b'"]),
+        (["rl.start.steps=3"], ["rl.start"]),
+        (["rm.ipvrm.objective=dpo", "rm.ipvrm.args={}", "rm.ipvrm.selection=answers"], ["rm.ipvrm:", "selection"]),
+        (["rm.ipvrm.selection=answers", "rm.ipvrm.pairs_per_prompt=2"], ["rm.ipvrm:", "pairs_per_prompt", "selection"]),
         (
             ["rm.pairs.objective=dpo", "rl.distrl.reward_model.name=pairs"],
             ["rl.distrl.reward_model.update", "'dpo'", "'before'"],
@@ -160,8 +212,8 @@ def test_missing_section(missing):
         (["data={path = 'a.jsonl'}"], ["sft", "solution_column"]),
     ],
 )
-def test_impossible_combinations(overrides, parts):
-    message = _refused(*overrides)
+def test_impossible_combinations(overrides, parts, refused):
+    message = refused(*overrides)
     assert all(part in message for part in parts), message
 
 
@@ -170,13 +222,13 @@ def test_reward_models_need_rollouts():
         check({**LEAST, "rm": {"ipvrm": {}}})
 
 
-def test_a_pairwise_reward_model_may_stay_as_it_is():
-    config = load(DEMO, ["rm.pairs.objective=dpo", "rl.distrl.reward_model={name = 'pairs', update = 'none'}"])
+def test_a_pairwise_reward_model_may_stay_as_it_is(base):
+    config = load(base, ["rm.pairs.objective=dpo", "rl.distrl.reward_model={name = 'pairs', update = 'none'}"])
     assert config.rm["pairs"].args == {"beta": 0.05}
 
 
-def test_bfloat16_is_possible_with_lora():
-    assert load(DEMO, ["model.dtype=bfloat16", "model.lora={}"]).model.lora.rank == 128
+def test_bfloat16_is_possible_with_lora(base):
+    assert load(base, ["model.dtype=bfloat16", "model.lora={}"]).model.lora.rank == 128
 
 
 # ---- overrides
@@ -199,21 +251,21 @@ def test_bfloat16_is_possible_with_lora():
         ("rl.distrl.method.dual_clip=3", lambda c: c.rl["distrl"].resolved().dual_clip == 3.0),
     ],
 )
-def test_overrides(override, read):
-    assert read(load(DEMO, [override]))
+def test_overrides(override, read, base):
+    assert read(load(base, [override]))
 
 
-def test_later_overrides_win():
-    assert load(DEMO, ["sft.steps=7", "sft.steps=8"]).sft.steps == 8
+def test_later_overrides_win(base):
+    assert load(base, ["sft.steps=7", "sft.steps=8"]).sft.steps == 8
 
 
 @pytest.mark.parametrize("override", ["sft.steps", "=7", ""])
-def test_bad_overrides(override):
-    assert f"got {override!r}" in _refused(override)
+def test_bad_overrides(override, refused):
+    assert f"got {override!r}" in refused(override)
 
 
-def test_an_override_inside_a_value():
-    message = _refused("name.first=x")
+def test_an_override_inside_a_value(refused):
+    message = refused("name.first=x")
     assert "name.first=x" in message
     assert "not a table" in message
 
@@ -257,8 +309,8 @@ def test_every_field_of_a_preset_is_checked_and_reaches_the_method(field, preset
 # ---- the resolved configuration
 
 
-def test_resolved_configuration_survives_json():
-    config = load(DEMO, ["rl.distrl.preset=official", "rl.distrl.optim.betas=[0.5, 0.6]"])
+def test_resolved_configuration_survives_json(base):
+    config = load(base, ["rl.distrl.preset=official", "rl.distrl.optim.betas=[0.5, 0.6]"])
     text = config.model_dump_json()
     assert Config.model_validate_json(text) == config
     assert check(json.loads(text)) == config
@@ -349,26 +401,27 @@ def test_help(words, capsys):
         (["train-rm"], ["rollout"]),
     ],
 )
-def test_mistakes_on_the_command_line_end_with_status_2(words, parts, tmp_path, capsys):
+def test_mistakes_on_the_command_line_end_with_status_2(words, parts, base, tmp_path, capsys):
     command, *more = words
     options = [word for word in more if "=" not in word]
     overrides = [word for word in more if "=" in word]
-    assert cli.main([command, str(DEMO), *overrides, *options, "--run", str(tmp_path / "run")]) == 2
+    assert cli.main([command, str(base), *overrides, *options, "--run", str(tmp_path / "run")]) == 2
     message = capsys.readouterr().err
     assert message.startswith(f"ipvrm {command}: ")
     assert all(part in message for part in parts), message
     assert "Traceback" not in message
 
 
-def test_run_refuses_a_folder_that_is_not_empty(tmp_path, capsys):
-    (tmp_path / "notes.txt").write_text("mine")
-    assert cli.main(["run", str(DEMO), "--run", str(tmp_path)]) == 2
+def test_run_refuses_a_folder_that_is_not_empty(base, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    assert cli.main(["run", str(base), "--run", str(tmp_path / "run")]) == 2
     assert "--resume" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
 
 
-def test_the_resolved_file_takes_no_overrides(tmp_path, capsys):
+def test_the_resolved_file_takes_no_overrides(base, tmp_path, capsys):
     path = tmp_path / "config.json"
-    path.write_text(load(DEMO).model_dump_json())
+    path.write_text(load(base).model_dump_json())
     assert cli.main(["sft", str(path), "sft.steps=3", "--run", str(tmp_path / "run")]) == 2
     assert "override" in capsys.readouterr().err

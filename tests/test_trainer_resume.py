@@ -33,7 +33,7 @@ data = { task = "chain", task_args = { min_ops = 1, max_ops = 2 } }
 test = { task = "chain", task_args = { min_ops = 1, max_ops = 2 } }
 verifier = { kind = "exact" }
 generation = { max_new_tokens = 20, batch = 64 }
-sft = { steps = 40, batch = 32, optim = { lr = 1e-2, warmup = 5, schedule = "cosine" } }
+sft = { steps = 60, batch = 32, stop_below = 1.2, optim = { lr = 1e-2, warmup = 5, schedule = "cosine" } }
 rollout = { prompts = 24, samples = 8, held_out = 8, batch = 2 }
 eval = { prompts = 16, samples = 4, traces = 40 }
 
@@ -66,6 +66,8 @@ from ipvrm_core.trainer.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
+
+pytestmark = pytest.mark.slow
 
 PHASES = ("sft", "rollout", "train-rm", "distrl", "eval")
 FOLDERS = {"sft": "sft", "rollout": "rollout", "train-rm": "rm/prefix", "distrl": "rl/dist", "eval": "eval"}
@@ -112,7 +114,7 @@ class Runs:
                 [sys.executable, *program, *words], cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log
             )
 
-    def kill_when(self, condition, phase: str, *, resume: bool = False, paused=None) -> None:
+    def kill_when(self, condition, phase: str, *, resume=False, too_late=lambda: False, paused=None) -> None:
         """Start a phase, stop it at the first moment `condition` holds, look around (`paused`), kill it."""
         folder = self.b / FOLDERS[phase]
         for _ in range(5):  # on a busy machine the phase may be over before we look
@@ -121,7 +123,7 @@ class Runs:
                 while not condition() and process.poll() is None:
                     time.sleep(0.002)
                 process.send_signal(signal.SIGSTOP)
-                in_time = process.poll() is None and not (folder / RESULTS[phase]).exists()
+                in_time = process.poll() is None and not (folder / RESULTS[phase]).exists() and not too_late()
                 if in_time and paused:
                     paused()
             finally:
@@ -187,23 +189,31 @@ def _interrupted(made: Runs) -> None:
     def others_are_refused():
         seen["second process"] = made.refusal("sft", "--resume")
 
-    made.kill_when(lambda: _lines(metrics) >= 3, "sft", resume=True, paused=others_are_refused)
+    made.kill_when(
+        lambda: _lines(metrics) >= 3,
+        "sft",
+        resume=True,
+        too_late=lambda: _lines(metrics) > 20,
+        paused=others_are_refused,
+    )
     seen["started"] = made.refusal("sft")
     with open(metrics, "a") as file:
         file.write('{"step": 39, "nl')  # a line cut short, as a kill within write() would leave it
     made.kill_at_rename("sft", 3)  # rename 1: a checkpoint, 2: its predecessor goes, 3: the next checkpoint
     assert list((b / "sft").glob(".step-*.tmp/state.json"))
-    assert 3 <= _lines(metrics) < 40
     made.resume("sft")
 
-    made.kill_when(lambda: len(list((b / "rollout/shards").glob("*.json"))) >= 3, "rollout")
-    assert len(list((b / "rollout/shards").glob("*.json"))) < 12
+    def shards() -> int:
+        return len(list((b / "rollout/shards").glob("*.json")))
+
+    made.kill_when(lambda: shards() >= 3, "rollout", too_late=lambda: shards() > 10)
     made.resume("rollout")
 
     made.kill_when(lambda: _lines(b / "rm/prefix/metrics.jsonl") >= 3, "train-rm")
     made.resume("train-rm")
 
-    made.kill_when(lambda: _lines(b / "rl/dist/metrics.jsonl") >= 3, "distrl")
+    metrics_rl = b / "rl/dist/metrics.jsonl"
+    made.kill_when(lambda: _lines(metrics_rl) >= 3, "distrl", too_late=lambda: _lines(metrics_rl) > 5)
     made.kill_at_rename("distrl", 2)  # the new checkpoint is there, the old one not gone yet
     assert len(list((b / "rl/dist").glob("step-*"))) == 2
     made.resume("distrl")
@@ -232,10 +242,12 @@ def _metrics(folder: Path) -> list[dict]:
     return [{key: value for key, value in line.items() if key not in ("seconds", "peak_memory_mb")} for line in lines]
 
 
-@pytest.mark.parametrize(("folder", "steps"), [("sft", 40), ("rm/prefix", 21), ("rl/dist", 8)])
-def test_metrics_are_equal_line_by_line(runs, folder, steps):
+@pytest.mark.parametrize(("folder", "least", "most"), [("sft", 20, 59), ("rm/prefix", 21, 21), ("rl/dist", 8, 8)])
+def test_metrics_are_equal_line_by_line(runs, folder, least, most):
+    """Supervised training stops itself early, by a mean over the last ten steps, which a kill must not forget."""
     straight, interrupted = _metrics(runs.a / folder), _metrics(runs.b / folder)
-    assert [line["step"] for line in straight] == list(range(1, steps + 1))
+    assert least <= len(straight) <= most
+    assert [line["step"] for line in straight] == list(range(1, len(straight) + 1))
     assert interrupted == straight
 
 
@@ -293,7 +305,7 @@ def test_a_finished_phase_is_refused_without_resume_and_kept_with_it(runs, phase
 @pytest.mark.parametrize(
     ("override", "key"),
     [
-        ("sft.steps=41", "sft.steps"),
+        ("sft.steps=61", "sft.steps"),
         ("rl.dist.method.alpha=0.5", "rl.dist.method.alpha"),
         ("data.task_args.max_ops=3", "data.task_args.max_ops"),
         ("seed=1", "seed"),

@@ -140,7 +140,7 @@ def _chi_square(counts: torch.Tensor, probabilities: torch.Tensor) -> tuple[floa
 @pytest.mark.parametrize("temperature", [1.0, 1.6])
 def test_first_tokens_follow_the_distribution(tiny_model, temperature):
     """Chi-square at 0.1 %, fixed seed; and the same samples are far from what a somewhat other temperature gives."""
-    model = tiny_model()
+    model = tiny_model(scale=15.0)
     prompts = [PROMPTS[1], PROMPTS[3]]
     torch.manual_seed(0)
     made = generate(model, TOKENIZER, prompts, samples=3000, temperature=temperature, max_new_tokens=1, batch=1000)
@@ -150,7 +150,7 @@ def test_first_tokens_follow_the_distribution(tiny_model, temperature):
         counts = torch.tensor([sample.response_ids[0] for sample in mine]).bincount(minlength=len(TOKENIZER)).double()
         statistic, bound = _chi_square(counts, _forced(model, mine[0], temperature)[0].exp())
         assert statistic < bound
-        statistic, bound = _chi_square(counts, _forced(model, mine[0], temperature * 1.3)[0].exp())
+        statistic, bound = _chi_square(counts, _forced(model, mine[0], temperature * 1.5)[0].exp())
         assert statistic > 2 * bound
 
 

@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         options.function(options)
-    except (ConfigError, RuntimeError, ValueError, FileNotFoundError) as error:
+    except (ConfigError, RuntimeError, ValueError, FileNotFoundError, FloatingPointError) as error:
         if options.traceback:
             raise
         print(f"ipvrm {options.command}: {error}", file=sys.stderr)

@@ -132,6 +132,9 @@ class Sft(Section):
     data: Source | None = None
     steps: Positive = 200
     batch: Positive = Field(64, description="sequences a step")
+    stop_below: PositiveFloat | None = Field(
+        None, description="stop early once the mean nll (nats per token) of ten steps is below this"
+    )
     optim: Optim = Optim(lr=5e-5, warmup=2)
 
 
@@ -150,9 +153,10 @@ class RewardModel(Section):
     objective: str = "ipvrm"
     args: dict[str, float | str] = Field({}, description="settings of the objective, e.g. {margin = 5.0}")
     steps: Positive = 500
-    batch: Positive = Field(64, description="sequences a step")
-    selection: Literal["pairs", "answers"] = Field(
-        "pairs", description="pairs of one right and one wrong answer, or all answers of mixed prompts, balanced"
+    batch: Positive = Field(64, description="sequences a step: pairs of a right and a wrong answer to one prompt")
+    pairing: Literal["disjoint", "covering"] = Field(
+        "covering",
+        description="each answer of a mixed prompt in at most one pair, or in at least one (the rarer repeat)",
     )
     pairs_per_prompt: Positive | None = Field(None, description="pairs drawn from one prompt; None: as many as it has")
     optim: Optim = Optim(lr=5e-7)
@@ -161,12 +165,8 @@ class RewardModel(Section):
     @model_validator(mode="after")
     def _objective_exists(self):
         self.__dict__["args"] = asdict(self.build())  # resolved: what config.json shows is what runs
-        if self.batch % 2 and self.selection == "pairs":
+        if self.batch % 2:
             raise ValueError(f"batch must be even, for it holds pairs; got {self.batch}")
-        if objectives.find(self.objective).pairwise and self.selection != "pairs":
-            raise ValueError(f"objective {self.objective!r} needs selection = 'pairs'; got {self.selection!r}")
-        if self.pairs_per_prompt and self.selection != "pairs":
-            raise ValueError(f"pairs_per_prompt needs selection = 'pairs'; got {self.selection!r}")
         return self
 
     def build(self, **override) -> objectives.Objective:
@@ -279,6 +279,8 @@ class Config(Section):
         for name in [*self.rm, *self.rl]:
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"names of reward models and policy runs become folders; got {name!r}")
+        if "start" in self.rl:
+            raise ValueError("rl.start must have another name: the evaluation calls the starting policy so")
         if self.data.task and self.test.task != self.data.task:
             raise ValueError(f"test.task must be data.task = {self.data.task!r}; got {self.test.task!r}")
         source = self.sft and (self.sft.data or self.data)

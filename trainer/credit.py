@@ -87,8 +87,8 @@ def assign(
         "rm_auc": _nan_to_none(auc(values_N[last_N], batch.rewards_B)),
         "rm_accuracy": ((values_N[last_N] > 0) == (batch.rewards_B > 0)).float().mean().item(),
         "rm_score_per_token": delta_N.mean().item(),
-        "gae_std": process_N.std().item(),
-        "candidate_td_std": (delta_NK / sigma)[old.candidates.ids_NK >= 0].std().item() if preset.alpha else 0.0,
+        "gae_std": _std(process_N),
+        "candidate_td_std": _std((delta_NK / sigma)[old.candidates.ids_NK >= 0]) if preset.alpha else 0.0,
     }
     advantages_N = advantages_N + preset.gae_coef * process_N
     return Credit(
@@ -104,6 +104,10 @@ def assign(
 
 def _nan_to_none(value: float) -> float | None:
     return None if value != value else value
+
+
+def _std(values: Tensor) -> float | None:
+    return values.std().item() if values.numel() > 1 else None
 
 
 @dataclass(frozen=True)

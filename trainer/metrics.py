@@ -38,7 +38,8 @@ class MetricsLog:
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         self.wandb = wandb_run
         self.bar = tqdm(total=total, initial=done, desc=label, disable=None, dynamic_ncols=True, unit="step")
-        self.clock = time.perf_counter()
+        self.first = done
+        self.clock = self.began = time.perf_counter()
 
     def log(self, step: int, **numbers: float) -> None:
         now = time.perf_counter()
@@ -57,7 +58,8 @@ class MetricsLog:
         self.bar.update(1)
         if step % self.every == 0 or step == self.total:
             shown = "  ".join(f"{name} {numbers[name]:.4g}" for name in self.show if name in numbers)
-            tqdm.write(f"{self.label} {step}/{self.total}  {shown}  {line['seconds']:.2f}s")
+            left = (self.total - step) * (now - self.began) / (step - self.first)
+            tqdm.write(f"{self.label} {step}/{self.total}  {shown}  {line['seconds']:.2f}s, {left / 60:.1f} min left")
 
     def close(self) -> None:
         self.bar.close()

@@ -19,7 +19,6 @@ def character_tokenizer(alphabet: str):
     tokenizer = Tokenizer(models.WordLevel(vocabulary))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), behavior="isolated")
     tokenizer.decoder = decoders.Fuse()  # without it, decoding puts spaces between the characters
-    tokenizer.decoder = decoders.Fuse()  # without a decoder the tokens would be joined by spaces
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", clean_up_tokenization_spaces=False
     )

@@ -1,6 +1,7 @@
 """The chain of phases of one experiment, each in its own process, independent ones side by side."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -8,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ipvrm_core.trainer.config import Config
+
+STATUS_SECONDS = 20
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,14 @@ def jobs_of(config: Config) -> list[Job]:
 def run(config: Config, run_folder: Path, parallel: int) -> None:
     """Run all jobs, at most `parallel` at a time, finished ones skipped. RuntimeError names the job that failed.
 
-    Each job's output goes to RUN/logs/<job>.txt; with one job at a time it is shown as well.
+    Each job's output goes to RUN/logs/<job>.txt; the newest line of every running job is shown from time to time.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that `finally` below ends the phases too
     pending = jobs_of(config)
     total = len(pending)
     finished: set[str] = set()
     running: dict[str, tuple[subprocess.Popen, float]] = {}
+    shown = time.perf_counter()
     logs = run_folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     try:
@@ -60,6 +65,10 @@ def run(config: Config, run_folder: Path, parallel: int) -> None:
                 )
                 running[job.key] = (_start(job, run_folder, logs, parallel), time.perf_counter())
             time.sleep(0.2)
+            if time.perf_counter() - shown > STATUS_SECONDS:
+                shown = time.perf_counter()
+                for key in running:
+                    print(f"    {_last_line(logs / f'{key}.txt')}", flush=True)
             for key, (process, began) in list(running.items()):
                 if process.poll() is None:
                     continue
@@ -68,12 +77,18 @@ def run(config: Config, run_folder: Path, parallel: int) -> None:
                     tail = (logs / f"{key}.txt").read_text().splitlines()[-15:]
                     raise RuntimeError("\n".join([f"{key} failed with exit status {process.returncode}:", *tail]))
                 finished.add(key)
-                last = ((logs / f"{key}.txt").read_text().splitlines() or [""])[-1]
-                print(f"{key} finished in {time.perf_counter() - began:.0f} s: {last}", flush=True)
+                print(
+                    f"{key} finished in {time.perf_counter() - began:.0f} s: {_last_line(logs / f'{key}.txt')}",
+                    flush=True,
+                )
     finally:
         for process, _ in running.values():
             process.terminate()
             process.wait()
+
+
+def _last_line(path: Path) -> str:
+    return (path.read_text().splitlines() or [""])[-1]
 
 
 def _start(job: Job, run_folder: Path, logs: Path, parallel: int) -> subprocess.Popen:

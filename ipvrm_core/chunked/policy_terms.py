@@ -40,15 +40,22 @@ def clipped_surrogate(
 def policy_terms(logprobs_NK: Tensor, entropy_N: Tensor, batch: PolicyBatch, config: PolicyLossConfig) -> PolicyTerms:
     """Rows of L = L_tok + alpha L_dist + kl_coef KL - entropy_coef H. logprobs [N, 1+K] is 0 at padded ids."""
     wide = logprobs_NK.dtype
-    weight_N, log_ratio_N = batch.token_weights_N.to(wide), logprobs_NK[:, 0] - batch.old_logprobs_N.to(wide)
+    weight_N, candidate_weight_N = batch.token_weights_N.to(wide), batch.candidate_weights_N.to(wide)
+    # Rows of weight 0 are masked out and may hold anything: 0 * inf must not reach the sums.
+    dead_N = weight_N == 0
+    log_ratio_N = (logprobs_NK[:, 0] - batch.old_logprobs_N.to(wide)).masked_fill(dead_N, 0.0)
     loss_N, slope_N, clipped_N = clipped_surrogate(
-        log_ratio_N, batch.advantages_N.to(wide), config.clip_low, config.clip_high, config.dual_clip
+        log_ratio_N,
+        batch.advantages_N.to(wide).masked_fill(dead_N, 0.0),
+        config.clip_low,
+        config.clip_high,
+        config.dual_clip,
     )
-    valid_NK = batch.candidate_ids_NK >= 0
+    valid_NK = (batch.candidate_ids_NK >= 0) & (candidate_weight_N != 0)[:, None]
     old_NK = batch.candidate_old_logprobs_NK.to(wide).masked_fill(~valid_NK, 0.0)
-    mass_NK = (old_NK.exp() * batch.candidate_weights_N.to(wide)[:, None]).masked_fill_(~valid_NK, 0.0)
+    mass_NK = (old_NK.exp() * candidate_weight_N[:, None]).masked_fill_(~valid_NK, 0.0)
     loss_NK, slope_NK, clipped_NK = clipped_surrogate(
-        logprobs_NK[:, 1:] - old_NK,
+        (logprobs_NK[:, 1:] - old_NK).masked_fill(~valid_NK, 0.0),
         batch.candidate_advantages_NK.to(wide).masked_fill(~valid_NK, 0.0),
         config.candidate_clip_low,
         config.candidate_clip_high,
@@ -56,7 +63,7 @@ def policy_terms(logprobs_NK: Tensor, entropy_N: Tensor, batch: PolicyBatch, con
     )
     k3_ref_N, k3_slope_N = torch.zeros_like(weight_N), torch.zeros_like(weight_N)
     if batch.ref_logprobs_N is not None:
-        log_ref_N = batch.ref_logprobs_N.to(wide) - logprobs_NK[:, 0]
+        log_ref_N = (batch.ref_logprobs_N.to(wide) - logprobs_NK[:, 0]).masked_fill(dead_N, 0.0)
         k3_ref_N, k3_slope_N = log_ref_N.exp() - 1 - log_ref_N, 1 - log_ref_N.exp()
     metrics = {
         "loss_sampled": weight_N * loss_N,

@@ -1,7 +1,7 @@
 """Does the TD advantage favour the true token? Measurable where a task determines the next token.
 
-Over positions where the next token is determined, the true token is in C_t and |C_t| > 1: how often has it the highest TD
-advantage? Compared with the policy's own most probable token, and with chance (mean of 1 / |C_t|).
+Over positions where the next token is determined, the true token is in C_t and |C_t| > 1: how often has it the highest
+TD advantage? Compared with the policy's own most probable token, and with chance (mean of 1 / |C_t|).
 """
 
 from collections.abc import Sequence

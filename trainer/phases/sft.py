@@ -20,7 +20,14 @@ def run(experiment: Experiment, resume: bool = False) -> None:
         model = experiment.trainable(experiment.base_model(), "sft").train()
         optimizer = make_optimizer(model, sft.optim)
         training = Training(
-            experiment, folder, sft.steps, {"model": model}, {"model": optimizer}, show=("nll", "grad_norm"), every=10
+            experiment,
+            folder,
+            sft.steps,
+            {"model": model},
+            {"model": optimizer},
+            show=("nll", "grad_norm"),
+            every=10,
+            state={"recent_nll": []},
         )
         for step in training.steps():
             experiment.seed("sft", step)
@@ -39,4 +46,7 @@ def run(experiment: Experiment, resume: bool = False) -> None:
                 total += loss.item()
             norm = apply_step(optimizer, sft.optim, step, sft.steps)
             training.log(step, nll=total, grad_norm=norm, tokens=tokens)
+            recent = training.state["recent_nll"] = [*training.state["recent_nll"], total][-10:]
+            if sft.stop_below and len(recent) == 10 and sum(recent) / 10 < sft.stop_below:
+                training.state["stopped"] = True
         training.finish(model)

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 
-from ipvrm_core import dynamic_loss_weights
 from ipvrm_core.objectives import Objective
 from ipvrm_core.packing import cu_seqlens_from_lengths
 from ipvrm_core.trainer.batching import Answer
@@ -19,12 +18,11 @@ from ipvrm_core.trainer.seeds import epoch_slice, stable_seed
 
 
 class Labelled(NamedTuple):
-    """One answer to learn from; the weight of a pair's two members is 1."""
+    """One answer to learn from."""
 
     answer: Answer
     ref_logprobs: list[float]
     correct: bool
-    weight: float
 
 
 def run(experiment: Experiment, name: str, resume: bool = False) -> None:
@@ -37,8 +35,8 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
         objective = settings.build()
         rollouts = rollout_phase.read(experiment.run / "rollout")
         split = len(rollouts) - experiment.config.rollout.held_out
-        items = select(rollouts[:split], settings, experiment.config.seed)
-        if not items:
+        pairs = make_pairs(rollouts[:split], settings, experiment.config.seed)
+        if not pairs:
             raise ValueError(f"rm.{name}: none of {split} prompts has right and wrong answers; nothing to learn from")
         model = experiment.trainable(experiment.start_policy(), "rm", name).train()
         optimizer = make_optimizer(model, settings.optim)
@@ -51,23 +49,22 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
             show=("loss", "grad_norm", "held_out_auc"),
             every=25,
         )
-        per_step = settings.batch // len(items[0])
+        per_step = settings.batch // 2
         shuffle = stable_seed(experiment.config.seed, "rm order")  # the same order for every reward model of a run
         for step in training.steps():
             experiment.seed("rm", name, step)
-            chosen = epoch_slice(len(items), (step - 1) * per_step, per_step, shuffle)
-            loss = _backward(experiment, model, objective, [row for index in chosen for row in items[index]])
+            chosen = epoch_slice(len(pairs), (step - 1) * per_step, per_step, shuffle)
+            loss = _backward(experiment, model, objective, [row for index in chosen for row in pairs[index]])
             norm = apply_step(optimizer, settings.optim, step, settings.steps)
             numbers = {}
             if split < len(rollouts) and (step % settings.validate_every == 0 or step == settings.steps):
                 numbers = validate(experiment, model, rollouts[split:])
-            training.log(step, loss=loss, grad_norm=norm, epoch=step * per_step / len(items), **numbers)
+            training.log(step, loss=loss, grad_norm=norm, epoch=step * per_step / len(pairs), **numbers)
         training.finish(model)
 
 
 def _backward(experiment: Experiment, model, objective: Objective, rows: list[Labelled]) -> float:
     device = experiment.device
-    weights_B = torch.tensor([row.weight for row in rows], device=device)
     return backward_reward_loss(
         experiment,
         model,
@@ -75,31 +72,28 @@ def _backward(experiment: Experiment, model, objective: Objective, rows: list[La
         [row.answer for row in rows],
         torch.tensor([value for row in rows for value in row.ref_logprobs], device=device),
         torch.tensor([float(row.correct) for row in rows], device=device),
-        weights_B / len(rows),
+        torch.full((len(rows),), 1 / len(rows), device=device),
     )
 
 
-def select(rollouts: list[Rollouts], settings: RewardModel, seed: int) -> list[tuple[Labelled, ...]]:
-    """What to train on, from prompts that have right and wrong answers; the items are shuffled and batched later.
+def make_pairs(rollouts: list[Rollouts], settings: RewardModel, seed: int) -> list[tuple[Labelled, Labelled]]:
+    """(right, wrong) answers of the same prompt, so that both kinds weigh the same; prompts without both give none.
 
-    pairs: (right, wrong) of the same prompt, each answer in at most one pair, at most `pairs_per_prompt`.
-    answers: every answer by itself, weighted 1/(2 mu) or 1/(2 (1 - mu)), so that right and wrong weigh the same.
+    disjoint: every answer in at most one pair. covering: in at least one, the rarer kind repeats. Of one prompt at most
+    `pairs_per_prompt` pairs.
     """
-    items: list[tuple[Labelled, ...]] = []
+    pairs = []
     for group in rollouts:
         size = len(group.answers)
         order = epoch_slice(size, 0, size, stable_seed(seed, "pairs", group.prompt))
-        labels = torch.tensor(group.correct, dtype=torch.float32)
-        share = labels.mean().expand(size)
-        balanced = dynamic_loss_weights(labels, share, "group").tolist()
-        weights = [1.0] * size if settings.selection == "pairs" else balanced
-        rows = [Labelled(group.answers[i], group.ref_logprobs[i], group.correct[i], weights[i]) for i in order]
-        if settings.selection == "pairs":
-            right, wrong = [row for row in rows if row.correct], [row for row in rows if not row.correct]
-            items += list(zip(right, wrong, strict=False))[: settings.pairs_per_prompt]
-        elif 0 < share[0] < 1:
-            items += [(row,) for row in rows]
-    return items
+        rows = [Labelled(group.answers[i], group.ref_logprobs[i], group.correct[i]) for i in order]
+        right, wrong = [row for row in rows if row.correct], [row for row in rows if not row.correct]
+        if not right or not wrong:
+            continue
+        count = (min if settings.pairing == "disjoint" else max)(len(right), len(wrong))
+        chosen = [(right[i % len(right)], wrong[i % len(wrong)]) for i in range(count)]
+        pairs += chosen[: settings.pairs_per_prompt]
+    return pairs
 
 
 def validate(experiment: Experiment, model, rollouts: list[Rollouts]) -> dict[str, float]:

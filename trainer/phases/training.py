@@ -38,7 +38,7 @@ class Training:
     """`for step in training.steps(): ...; training.log(...)`, then `training.finish(...)`.
 
     After every `checkpoint_every` steps the models, optimisers and `state` are saved. `state` is a JSON dict of
-    whatever else the phase must remember (a data cursor).
+    whatever else the phase must remember (a data cursor); setting state["stopped"] ends the steps early.
     """
 
     def __init__(
@@ -73,8 +73,11 @@ class Training:
 
     def steps(self) -> Iterator[int]:
         for step in range(self.done + 1, self.total + 1):
+            if self.state.get("stopped"):
+                return
             yield step
-            if step % self.experiment.config.checkpoint_every == 0 or step == self.total:
+            last = step == self.total or self.state.get("stopped")
+            if step % self.experiment.config.checkpoint_every == 0 or last:
                 checkpoint.save(self.folder, step, self.models, self.optimizers, self.state)
 
     def log(self, step: int, **numbers: float) -> None:

@@ -1,0 +1,520 @@
+"""From a batch of answers to a policy gradient: candidates, advantages, micro-batches, the choice of prompts."""
+
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+import torch
+
+from ipvrm_core import PRESETS, outcome_advantages
+from ipvrm_core.objectives.ipvrm import Ipvrm
+from ipvrm_core.reference.candidates import select_candidates_from_logits
+from ipvrm_core.reference.policy_loss import distrl_loss_from_logits
+from ipvrm_core.trainer import collect as collecting
+from ipvrm_core.trainer.batching import Answer
+from ipvrm_core.trainer.collect import Collected, collect
+from ipvrm_core.trainer.config import Optim, RlRewardModel
+from ipvrm_core.trainer.credit import assign, old_policy, update_reward_model
+from ipvrm_core.trainer.data.example import Example
+from ipvrm_core.trainer.evaluation.candidate_credit import candidate_credit, true_tokens
+from ipvrm_core.trainer.optim import make_optimizer
+from ipvrm_core.trainer.policy_update import _minibatches, _one_step, make_policy_batch
+from ipvrm_core.trainer.reward import backward_reward_loss, sampled_logprobs
+from ipvrm_core.trainer.rollouts import Sample
+from ipvrm_core.trainer.verify import Verdict
+
+PAPER, OFFICIAL = PRESETS["paper"], PRESETS["official"]
+REWARDS = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
+
+
+@pytest.fixture
+def batch() -> Collected:
+    """Two prompts, three answers each, of different lengths."""
+    generator = torch.Generator().manual_seed(5)
+
+    def ids(count: int) -> list[int]:
+        return torch.randint(2, 19, (count,), generator=generator).tolist()
+
+    prompts = [ids(4), ids(6)]
+    answers = [Answer(prompts[i // 3], [*ids(length), 1]) for i, length in enumerate([3, 6, 1, 4, 9, 2])]
+    rewards = torch.tensor(REWARDS)
+    groups = torch.tensor([0, 0, 0, 1, 1, 1])
+    return Collected(answers, rewards, groups, torch.tensor([1 / 3] * 3 + [2 / 3] * 3), 0, {})
+
+
+@torch.no_grad()
+def _logits(model, answers: list[Answer]) -> torch.Tensor:
+    """Full logits of all response positions, one answer at a time, without padding: [N, V]."""
+    rows = []
+    for answer in answers:
+        ids = torch.tensor([answer.prompt_ids + answer.response_ids])
+        rows.append(model(input_ids=ids).logits[0, len(answer.prompt_ids) - 1 : -1])
+    return torch.cat(rows)
+
+
+def _targets(batch: Collected) -> torch.Tensor:
+    return torch.tensor([token for answer in batch.answers for token in answer.response_ids])
+
+
+def _last(batch: Collected) -> torch.Tensor:
+    return torch.tensor([t == len(a.response_ids) - 1 for a in batch.answers for t in range(len(a.response_ids))])
+
+
+# ---- the old policy
+
+
+@pytest.mark.parametrize("preset", [PAPER, OFFICIAL, replace(PAPER, p_min=0.05, keep_sampled=True)])
+@pytest.mark.parametrize(("limit", "temperature"), [(24, 1.0), (10_000, 0.7)])
+def test_old_policy_against_the_reference_on_full_logits(
+    tiny_experiment, tiny_model, batch, preset, limit, temperature
+):
+    experiment = tiny_experiment(micro_batch_tokens=limit, generation={"temperature": temperature})
+    model = tiny_model(scale=12.0)
+    old = old_policy(experiment, model, preset, batch)
+    expected = select_candidates_from_logits(
+        _logits(model, batch.answers),
+        _targets(batch),
+        **preset.candidate_rule(),
+        exclude_N=_last(batch) if preset.skip_last_token else None,
+        temperature=temperature,
+    )
+    assert torch.equal(old.candidates.ids_NK, expected.ids_NK)
+    assert torch.equal(old.candidates.counts_N, expected.counts_N)
+    for name in ("logprobs_NK", "sampled_logprobs_N", "entropy_N"):
+        torch.testing.assert_close(getattr(old.candidates, name), getattr(expected, name), rtol=0, atol=1e-4)
+    torch.testing.assert_close(old.logprobs_N, expected.sampled_logprobs_N, rtol=0, atol=1e-4)
+    assert old.cu_seqlens.tolist() == [0, 4, 11, 13, 18, 28, 31]
+    inside = expected.ids_NK >= 0
+    mass = (expected.logprobs_NK.exp() * inside).sum(1).mean().item()
+    assert old.numbers["candidate_mass"] == pytest.approx(mass, abs=1e-5)
+    assert old.numbers["candidates"] == pytest.approx(expected.counts_N.float().mean().item())
+    assert expected.counts_N.max() > 1
+
+
+# ---- advantages
+
+
+def test_without_a_reward_model_the_advantage_is_the_outcome(tiny_experiment, tiny_model, batch):
+    """mu = 1/3: (1 - 1/3) / sqrt(2/9) = sqrt 2 and -sqrt(1/2); mu = 2/3 mirrors it; the same at every token."""
+    experiment, model = tiny_experiment(), tiny_model()
+    old = old_policy(experiment, model, PAPER, batch)
+    credit = assign(experiment, PAPER, batch, old, None, None)
+    right, wrong = 2**0.5, -(0.5**0.5)
+    expected = [right] * 4 + [wrong] * 7 + [wrong] * 2 + [-wrong] * 5 + [-wrong] * 10 + [-right] * 3
+    torch.testing.assert_close(credit.advantages_N, torch.tensor(expected), rtol=0, atol=1e-5)
+    assert credit.candidates is None
+    assert credit.delta_NK is None
+    torch.testing.assert_close(credit.old_logprobs_N, old.logprobs_N)
+
+
+@pytest.mark.parametrize("preset", [PAPER, OFFICIAL], ids=["paper", "official"])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_credit_by_the_written_formulas(tiny_experiment, tiny_model, batch, preset, temperature):
+    """Prefix values, TD errors and GAE by loops over the answers, from full logits."""
+    experiment = tiny_experiment(generation={"temperature": temperature})
+    model, reward_model, beta = tiny_model(1, 12.0), tiny_model(2, 12.0), 3.0
+    old = old_policy(experiment, model, preset, batch)
+    credit = assign(experiment, preset, batch, old, reward_model, Ipvrm(beta=beta))
+
+    targets, last = _targets(batch), _last(batch)
+    policy_NV = (_logits(model, batch.answers).double() / temperature).log_softmax(-1)
+    reward_NV = (_logits(reward_model, batch.answers).double() / temperature).log_softmax(-1)
+    delta_NV = beta * (reward_NV - policy_NV)
+    own_N = delta_NV.gather(1, targets[:, None])[:, 0]
+    bounds = old.cu_seqlens.tolist()
+    spans = [slice(a, b) for a, b in pairwise(bounds)]
+    values = torch.cat([own_N[span].cumsum(0) for span in spans])
+    torch.testing.assert_close(credit.values_N.double(), values, rtol=0, atol=1e-3)
+
+    ids = old.candidates.ids_NK
+    expected_NK = torch.where(ids >= 0, delta_NV.gather(1, ids.clamp(min=0)), 0.0)
+    torch.testing.assert_close(credit.delta_NK.double().masked_fill(ids < 0, 0.0), expected_NK, rtol=0, atol=1e-3)
+    if preset is PAPER:
+        scaled = torch.zeros_like(own_N)
+        for group in (slice(0, bounds[3]), slice(bounds[3], bounds[6])):
+            scaled[group] = (own_N[group] - own_N[group].mean()) / (own_N[group].std(unbiased=False) + 1e-6)
+    else:
+        own_N = own_N.masked_fill(last, 0.0)
+        scaled = (own_N - own_N.mean()) / values.std(unbiased=False)
+    process = torch.cat([scaled[span].flip(0).cumsum(0).flip(0) for span in spans])
+    if preset is OFFICIAL:
+        process = (process - process.mean()) / (process.var() + 1e-8).sqrt()
+    outcome = outcome_advantages(batch.rewards_B, batch.groups_B).double()
+    lengths = torch.tensor([span.stop - span.start for span in spans])
+    expected = outcome.repeat_interleave(lengths) + preset.gae_coef * process
+    torch.testing.assert_close(credit.advantages_N.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_skip_last_token_leaves_no_candidates_there(tiny_experiment, tiny_model, batch):
+    experiment, model, reward_model = tiny_experiment(), tiny_model(1, 12.0), tiny_model(2, 12.0)
+    last = _last(batch)
+    preset = replace(PAPER, keep_sampled=True)
+    for skip in (False, True):
+        chosen = replace(preset, skip_last_token=skip)
+        old = old_policy(experiment, model, chosen, batch)
+        assert (old.candidates.counts_N[~last] > 0).all()
+        assert (old.candidates.counts_N[last] == 0).all() == skip
+        assert (old.candidates.ids_NK[last] == -1).all() == skip
+        credit = assign(experiment, chosen, batch, old, reward_model, Ipvrm())
+        rows = torch.arange(len(last))
+        made = make_policy_batch(chosen, credit, batch.answers, rows, None)
+        logits = _logits(model, batch.answers)[last]
+        loss = distrl_loss_from_logits(logits, made.rows(last), chosen.loss_config()).metrics["loss_candidates"]
+        assert (loss == 0) == skip
+
+
+def test_a_batch_without_any_candidate(tiny_experiment, tiny_model, batch):
+    """A flat policy has no token above P_min: no spread to report, no distribution loss, and all goes on."""
+    experiment, model, preset = tiny_experiment(), tiny_model(1, 1.0), replace(PAPER, p_min=0.9)
+    old = old_policy(experiment, model, preset, batch)
+    credit = assign(experiment, preset, batch, old, tiny_model(2, 1.0), Ipvrm())
+    assert old.numbers["candidates"] == 0
+    assert "candidate_td_std" not in credit.numbers
+    numbers = _one_step(experiment, preset.loss_config(), preset, model, batch, credit, None, list(range(6)))
+    assert numbers["loss_candidates"] == 0
+    assert all(value == value for value in [*numbers.values(), *credit.numbers.values()])
+
+
+@pytest.mark.parametrize("scope", ["minibatch", "batch"])
+def test_scale_of_the_td_advantages(tiny_experiment, tiny_model, batch, scope):
+    experiment, model, reward_model = tiny_experiment(), tiny_model(1, 12.0), tiny_model(2, 12.0)
+    preset = replace(PAPER, sigma_scope=scope)
+    credit = assign(experiment, preset, batch, old_policy(experiment, model, preset, batch), reward_model, Ipvrm())
+    rows = torch.arange(4, 13)  # the second and third answer
+    made = make_policy_batch(preset, credit, batch.answers[1:3], rows, None)
+    values = credit.values_N[rows] if scope == "minibatch" else credit.values_N
+    expected = credit.delta_NK[rows] / (values.double().std(unbiased=False) + 1e-6).float()
+    torch.testing.assert_close(made.candidate_advantages_NK, expected, rtol=1e-5, atol=1e-6)
+    assert made.sampled_ids_N.tolist() == _targets(batch)[rows].tolist()
+
+
+# ---- the policy gradient
+
+
+@pytest.mark.parametrize("preset", [replace(PAPER, alpha=1.0), OFFICIAL], ids=["paper", "official"])
+def test_gradient_does_not_depend_on_micro_batches(tiny_experiment, tiny_model, batch, preset):
+    """One minibatch through the trainer's own path; also against the reference loss on full logits."""
+    index = [4, 0, 5, 2]
+    reward_model = tiny_model(2, 12.0)
+    gradients, numbers = {}, {}
+    for limit in (10_000, 40, 1):
+        experiment = tiny_experiment_for(tiny_experiment, limit)
+        model = tiny_model(1, 8.0)
+        old = old_policy(experiment, model, preset, batch)
+        credit = assign(experiment, preset, batch, old, reward_model, Ipvrm())
+        with torch.no_grad():  # away from pi_old, so that ratios and clipping matter
+            for parameter in model.parameters():
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+        config = preset.loss_config(kl_coef=0.1, entropy_coef=0.01)
+        ref_N = old.logprobs_N - 0.3
+        numbers[limit] = _one_step(experiment, config, preset, model, batch, credit, ref_N, index)
+        gradients[limit] = {name: parameter.grad for name, parameter in model.named_parameters()}
+        if limit == 10_000:
+            model.zero_grad(set_to_none=True)
+            bounds = credit.cu_seqlens.tolist()
+            rows = torch.cat([torch.arange(bounds[b], bounds[b + 1]) for b in index])
+            answers = [batch.answers[b] for b in index]
+            made = make_policy_batch(preset, credit, answers, rows, ref_N)
+            logits = torch.cat(
+                [
+                    model(input_ids=torch.tensor([a.prompt_ids + a.response_ids])).logits[0, len(a.prompt_ids) - 1 : -1]
+                    for a in answers
+                ]
+            )
+            reference = distrl_loss_from_logits(logits, made, config)
+            reference.loss.backward()
+            truth = {name: parameter.grad for name, parameter in model.named_parameters()}
+            assert numbers[limit]["loss"] == pytest.approx(reference.loss.item(), abs=1e-4)
+            assert 0 < reference.metrics["clip_fraction"] < 1
+            for name, grad in truth.items():
+                torch.testing.assert_close(gradients[limit][name], grad, rtol=1e-3, atol=1e-5, msg=name)
+    for limit in (40, 1):
+        for name, grad in gradients[10_000].items():
+            scale = grad.abs().max().item()
+            assert scale > 0
+            torch.testing.assert_close(gradients[limit][name], grad, rtol=0, atol=1e-6 * max(scale, 1.0), msg=name)
+        assert numbers[limit] == pytest.approx(numbers[10_000], abs=1e-5)
+
+
+def tiny_experiment_for(make, limit: int):
+    """A new run folder for every setting: a folder keeps one configuration."""
+    from ipvrm_core.trainer.experiment import Experiment
+
+    first = make()
+    config = first.config.model_copy(update={"micro_batch_tokens": limit})
+    return Experiment(config, first.run.parent / f"limit-{limit}")
+
+
+def test_minibatches_cover_every_epoch(tiny_config):
+    rl = tiny_config(rl={"x": {"epochs": 2, "minibatch": 4}}).rl["x"]
+    torch.manual_seed(0)
+    made = list(_minibatches(10, rl))
+    assert [len(part) for part in made] == [4, 4, 2, 4, 4, 2]
+    for epoch in (made[:3], made[3:]):
+        assert sorted(i for part in epoch for i in part) == list(range(10))
+    assert made[:3] != made[3:]
+
+
+# ---- the reward model
+
+
+@pytest.mark.parametrize("limit", [1, 40])
+def test_reward_gradient_does_not_depend_on_micro_batches(tiny_experiment, tiny_model, batch, limit):
+    results = []
+    for tokens in (10_000, limit):
+        experiment = tiny_experiment_for(tiny_experiment, tokens)
+        model = tiny_model(1)
+        reference_N = sampled_logprobs(experiment, tiny_model(2), batch.answers)
+        weights, boundary = torch.linspace(0.1, 0.6, 6), torch.linspace(-1, 1, 6)
+        loss = backward_reward_loss(
+            experiment, model, Ipvrm(), batch.answers, reference_N, batch.rewards_B, weights, boundary
+        )
+        results.append((loss, [parameter.grad for parameter in model.parameters()]))
+    (loss, grads), (other_loss, other_grads) = results
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    for grad, other in zip(grads, other_grads, strict=True):
+        torch.testing.assert_close(other, grad, rtol=0, atol=1e-5 * grad.abs().max().item())
+
+
+def test_online_update_raises_right_and_lowers_wrong_answers(tiny_experiment, tiny_model, batch):
+    experiment, policy = tiny_experiment(), tiny_model(1)
+    settings = RlRewardModel(name="x", optim=Optim(lr=3e-3), batch=64)
+    old = old_policy(experiment, policy, PAPER, batch)
+    model = tiny_model(1)
+    optimizer = make_optimizer(model, settings.optim)
+    losses = []
+    for step in range(1, 21):
+        torch.manual_seed(step)
+        numbers = update_reward_model(
+            experiment, PAPER, settings, Ipvrm(), model, optimizer, batch, old.logprobs_N, old.cu_seqlens, step, 20
+        )
+        losses.append(numbers["rm_loss"])
+    assert losses[-1] < 0.5 * losses[0]
+    gain_N = sampled_logprobs(experiment, model.eval(), batch.answers) - old.logprobs_N
+    gain_B = torch.stack([part.mean() for part in gain_N.split([len(a.response_ids) for a in batch.answers])])
+    assert gain_B[batch.rewards_B > 0].min() > gain_B[batch.rewards_B == 0].max()
+
+
+@pytest.mark.parametrize("scale", ["raw", "group"])
+def test_unmixed_groups_give_the_reward_model_no_gradient(tiny_experiment, tiny_model, batch, scale):
+    experiment, model = tiny_experiment(), tiny_model(1)
+    settings = RlRewardModel(name="x", optim=Optim(lr=1e-2), batch=64)
+    old = old_policy(experiment, model, PAPER, batch)
+    same = replace(
+        batch, rewards_B=torch.tensor([1.0] * 3 + [0.0] * 3), group_mean_B=torch.tensor([1.0] * 3 + [0.0] * 3)
+    )
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    optimizer = make_optimizer(model, settings.optim)
+    preset = replace(PAPER, dlw_scale=scale)
+    numbers = update_reward_model(
+        experiment, preset, settings, Ipvrm(), model, optimizer, same, old.logprobs_N, old.cu_seqlens, 1, 1
+    )
+    assert numbers == {"rm_loss": 0.0, "rm_grad_norm": 0.0}
+    assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+# ---- the choice of prompts
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """Replaces sampling: prompt number i has `right[i]` right answers of three, the right ones first."""
+
+    def use(right: list[int]) -> list[tuple[int, int]]:
+        asked = []
+
+        def sample_and_verify(experiment, model, examples, samples, **settings):
+            numbers = [int(example.id.rsplit("-", 1)[1]) for example in examples]
+            asked.append((numbers[0], len(numbers)))
+            made = [Sample([number + 2], [s + 2, 1], [0.0, 0.0], True) for number in numbers for s in range(samples)]
+            verdicts = [
+                Verdict(True, "ok") if s < right[number] else Verdict(False, ("ok", "timeout", "no_answer")[s])
+                for number in numbers
+                for s in range(samples)
+            ]
+            return made, verdicts
+
+        monkeypatch.setattr(collecting, "sample_and_verify", sample_and_verify)
+        return asked
+
+    return use
+
+
+def _preset(policy: str, keep: int = 3):
+    return replace(PAPER, prompts=4, keep_prompts=keep, rollouts=3, too_few_mixed=policy)
+
+
+def _kept(made: Collected) -> list[int]:
+    """Numbers of the kept prompts, in order."""
+    return [answer.prompt_ids[0] - 2 for answer in made.answers[::3]]
+
+
+@pytest.mark.parametrize("policy", ["sample_on", "fill"])
+def test_the_first_mixed_prompts_are_kept(tiny_experiment, sampled, policy):
+    asked = sampled([1, 3, 2, 1, 0, 0, 0, 0])
+    made = collect(tiny_experiment(), None, _preset(policy, keep=2), 0, 4)
+    assert _kept(made) == [0, 2]
+    assert asked == [(0, 4)]
+    assert made.cursor == 4
+    assert made.rewards_B.tolist() == [1, 0, 0, 1, 1, 0]
+    assert made.groups_B.tolist() == [0, 0, 0, 1, 1, 1]
+    assert made.group_mean_B.tolist() == pytest.approx([1 / 3] * 3 + [2 / 3] * 3)
+    assert [answer.response_ids[0] for answer in made.answers] == [2, 3, 4] * 2
+    assert made.numbers["mixed_prompts"] == 0.75
+    assert made.numbers["accuracy"] == 7 / 12
+    assert made.numbers["kept_prompts"] == 2
+
+
+def test_sample_on_goes_on_until_there_are_enough(tiny_experiment, sampled):
+    asked = sampled([0, 1, 3, 0, 0, 0, 2, 0, 1, 1, 1, 1])
+    made = collect(tiny_experiment(), None, _preset("sample_on"), 0, 4)
+    assert asked == [(0, 4), (4, 4), (8, 4)]
+    assert _kept(made) == [1, 6, 8]
+    assert made.cursor == 12
+    assert made.numbers["mixed_prompts"] == 0.25  # of the first round
+
+
+def test_sample_on_stops_after_max_rounds_with_what_is_there(tiny_experiment, sampled):
+    asked = sampled([0, 1, 3, 0, 0, 0, 0, 0, 1, 1, 1, 1])
+    made = collect(tiny_experiment(), None, _preset("sample_on"), 0, 2)
+    assert asked == [(0, 4), (4, 4)]
+    assert _kept(made) == [1]
+    assert made.numbers["kept_prompts"] == 1
+
+
+def test_fill_completes_with_unmixed_prompts(tiny_experiment, sampled):
+    asked = sampled([0, 3, 2, 0] + [1] * 8)
+    made = collect(tiny_experiment(), None, _preset("fill"), 0, 4)
+    assert asked == [(0, 4)]
+    assert _kept(made) == [2, 0, 1]
+    assert made.group_mean_B.tolist() == pytest.approx([2 / 3] * 3 + [0.0] * 3 + [1.0] * 3)
+    assert outcome_advantages(made.rewards_B, made.groups_B)[3:].tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("policy", ["sample_on", "fill"])
+def test_nothing_mixed_is_an_error(tiny_experiment, sampled, policy):
+    sampled([0, 3] * 20)
+    with pytest.raises(RuntimeError, match="both right and wrong"):
+        collect(tiny_experiment(), None, _preset(policy), 0, 3)
+
+
+def test_the_cursor_is_where_the_last_batch_ended(tiny_experiment, sampled):
+    asked = sampled([1] * 12)
+    made = collect(tiny_experiment(), None, _preset("fill"), 4, 3)
+    assert asked == [(4, 4)]
+    assert made.cursor == 8
+
+
+def test_undecided_verdicts_are_counted(tiny_experiment, sampled):
+    sampled([1, 2, 1, 1])
+    numbers = collect(tiny_experiment(), None, _preset("fill"), 0, 3).numbers
+    assert numbers["verdict_timeout"] == 3  # second answers of prompts 0, 2, 3
+    assert numbers["verdict_no_answer"] == 4
+    assert numbers["verdict_error"] == 0
+
+
+# ---- candidate credit
+
+
+class _Table(torch.nn.Module):
+    """A language model by hand: the next token's logits are a function of the last character and the position."""
+
+    def __init__(self, experiment, logits_of):
+        super().__init__()
+        self.experiment, self.logits_of = experiment, logits_of
+        self.head = torch.nn.Linear(len(experiment.tokenizer), len(experiment.tokenizer), bias=False)
+        with torch.no_grad():
+            self.head.weight.copy_(torch.eye(len(experiment.tokenizer)))
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def get_decoder(self):
+        return lambda input_ids, attention_mask, use_cache: _Hidden(
+            torch.stack([self.logits_of(row) for row in input_ids])
+        )
+
+
+class _Hidden:
+    def __init__(self, last_hidden_state):
+        self.last_hidden_state = last_hidden_state
+
+
+def _digits(experiment, prefer: str | None):
+    """Two digits have probability nearly 1/2 each everywhere: "4" and "5"; `prefer` is the likelier one by far."""
+
+    def logits_of(row):
+        logits = torch.full((len(row), len(experiment.tokenizer)), -9.0)
+        for digit in "45":
+            logits[:, experiment.tokenizer.convert_tokens_to_ids(digit)] = 3.0 if digit == prefer else 0.0
+        return logits
+
+    return logits_of
+
+
+def test_due_tokens_by_hand(tiny_experiment):
+    """2+3? asks for 2+3=5;#5 (";" just ends a step). Steps after a wrong digit go by what it states."""
+    experiment = tiny_experiment()
+    example = Example("x", "2+3?", "5")
+    prompt = experiment.encode_prompt(example)
+    ids = experiment.encode_answer("2+3=5;#5")
+    pad = experiment.tokenizer.pad_token_id
+
+    def due(response: list[int]) -> list[int]:
+        return true_tokens(experiment, [example], [Sample(prompt, response, [], True)]).tolist()
+
+    due_digits = due(ids)
+    assert [due_digits[t] for t in (2, 4, 7)] == [ids[2], ids[4], ids[7]]
+    assert due_digits[8] == -1  # EOS
+    stated = experiment.encode_answer("2+3=4;#5")
+    wrong = due(stated)
+    assert wrong[:5] == due_digits[:5]  # "5" was due where "4" stands
+    assert wrong[7] == stated[4]  # and then "4" where "5" stands
+    assert due([*ids[:2], pad, *ids[2:]]) == [*due_digits[:2], -1, *due_digits[2:]]  # specials shift nothing
+    assert due(experiment.encode_answer("")) == [-1]
+
+
+def test_candidate_credit_by_hand(tiny_experiment):
+    """Of the candidates "4" and "5" the latter is due: a reward model that prefers it scores 1, else 0."""
+    experiment = tiny_experiment()
+    examples = [Example("a", "2+3?", "5"), Example("b", "8-3?", "5")]
+    texts = ["2+3=5;#5", "8-3=5;#4"]
+    samples = [
+        Sample(experiment.encode_prompt(example), experiment.encode_answer(text), [], True)
+        for example, text in zip(examples, texts, strict=True)
+    ]
+    policy = _Table(experiment, _digits(experiment, None))
+    models = {prefer: _Table(experiment, _digits(experiment, prefer)) for prefer in "54"}
+    result = candidate_credit(experiment, policy, models, examples, samples)
+    assert result["positions"] == 4
+    assert result["chance"] == pytest.approx(0.5)
+    assert result["5"] == 1.0
+    assert result["4"] == 0.0
+    assert result["policy"] in (0.0, 1.0)  # a tie at every position
+
+
+def test_candidate_credit_measures_the_advantage_not_the_probability(tiny_experiment):
+    """The policy prefers "4" by 2.2 nats; a reward model that prefers it by less favours "5" relative to the policy."""
+    experiment = tiny_experiment()
+    examples = [Example("a", "2+3?", "5")]
+    samples = [Sample(experiment.encode_prompt(examples[0]), experiment.encode_answer("2+3=5;#5"), [], True)]
+
+    def leaning(nats: float):
+        def logits_of(row):
+            logits = _digits(experiment, None)(row)
+            logits[:, experiment.tokenizer.convert_tokens_to_ids("4")] += nats
+            return logits
+
+        return _Table(experiment, logits_of)
+
+    models = {"less": leaning(1.0), "more": leaning(4.0)}
+    result = candidate_credit(experiment, leaning(2.0), models, examples, samples)
+    assert result == {"positions": 2, "chance": 0.5, "policy": 0.0, "less": 1.0, "more": 0.0}
+
+
+def test_candidate_credit_without_positions(tiny_experiment):
+    experiment = tiny_experiment()
+    example = Example("a", "2+3?", "5")
+    samples = [Sample(experiment.encode_prompt(example), experiment.encode_answer(";"), [], True)]
+    policy = _Table(experiment, _digits(experiment, None))
+    assert candidate_credit(experiment, policy, {}, [example], samples) == {"positions": 0}
