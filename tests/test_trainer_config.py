@@ -147,6 +147,8 @@ def test_unknown_keys(override, key, came, refused):
         ("rl.grpo.kl_coef=-0.1", "rl.grpo.kl_coef", "-0.1"),
         ("rm.ipvrm.args.margin=wide", "rm.ipvrm.args.margin", "'wide'"),
         ("rm.ipvrm.args.weighting=middle", "rm.ipvrm.args.weighting", "'middle'"),
+        ("rm.ipvrm.pairing=all", "rm.ipvrm.pairing", "'all'"),
+        ("sft.stop_below=0", "sft.stop_below", "0"),
         ("micro_batch_tokens=0", "micro_batch_tokens", "0"),
     ],
 )
@@ -202,8 +204,6 @@ def test_missing_section(missing):
         (["rl.distrl.reward_model.name=other"], ["rl.distrl.reward_model.name", "ipvrm", "'other'"]),
         (["rm.a/b.objective=ipvrm"], ["folders", "'a/b'"]),
         (["rl.start.steps=3"], ["rl.start"]),
-        (["rm.ipvrm.objective=dpo", "rm.ipvrm.args={}", "rm.ipvrm.selection=answers"], ["rm.ipvrm:", "selection"]),
-        (["rm.ipvrm.selection=answers", "rm.ipvrm.pairs_per_prompt=2"], ["rm.ipvrm:", "pairs_per_prompt", "selection"]),
         (
             ["rm.pairs.objective=dpo", "rl.distrl.reward_model.name=pairs"],
             ["rl.distrl.reward_model.update", "'dpo'", "'before'"],

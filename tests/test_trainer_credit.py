@@ -11,6 +11,7 @@ from ipvrm_core.objectives.ipvrm import Ipvrm
 from ipvrm_core.reference.candidates import select_candidates_from_logits
 from ipvrm_core.reference.policy_loss import distrl_loss_from_logits
 from ipvrm_core.trainer import collect as collecting
+from ipvrm_core.trainer import credit as crediting
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.collect import Collected, collect
 from ipvrm_core.trainer.config import Optim, RlRewardModel
@@ -181,11 +182,16 @@ def test_scale_of_the_td_advantages(tiny_experiment, tiny_model, batch, scope):
     preset = replace(PAPER, sigma_scope=scope)
     credit = assign(experiment, preset, batch, old_policy(experiment, model, preset, batch), reward_model, Ipvrm())
     rows = torch.arange(4, 13)  # the second and third answer
-    made = make_policy_batch(preset, credit, batch.answers[1:3], rows, None)
+    made = make_policy_batch(preset, credit, batch.answers[1:3], rows, credit.old_logprobs_N - 1)
     values = credit.values_N[rows] if scope == "minibatch" else credit.values_N
     expected = credit.delta_NK[rows] / (values.double().std(unbiased=False) + 1e-6).float()
     torch.testing.assert_close(made.candidate_advantages_NK, expected, rtol=1e-5, atol=1e-6)
     assert made.sampled_ids_N.tolist() == _targets(batch)[rows].tolist()
+    assert torch.equal(made.old_logprobs_N, credit.old_logprobs_N[rows])
+    assert torch.equal(made.ref_logprobs_N, credit.old_logprobs_N[rows] - 1)
+    assert torch.equal(made.advantages_N, credit.advantages_N[rows])
+    assert torch.equal(made.candidate_ids_NK, credit.candidates.ids_NK[rows])
+    assert torch.equal(made.candidate_old_logprobs_NK, credit.candidates.logprobs_NK[rows])
 
 
 # ---- the policy gradient
@@ -274,6 +280,32 @@ def test_reward_gradient_does_not_depend_on_micro_batches(tiny_experiment, tiny_
     assert other_loss == pytest.approx(loss, rel=1e-5)
     for grad, other in zip(grads, other_grads, strict=True):
         torch.testing.assert_close(other, grad, rtol=0, atol=1e-5 * grad.abs().max().item())
+
+
+@pytest.mark.parametrize("scale", ["raw", "group"])
+def test_online_gradient_is_that_of_the_written_loss(tiny_experiment, tiny_model, batch, monkeypatch, scale):
+    """The answers are shuffled inside: everything must move with them. Weights 1 - mu and mu, boundary logit mu."""
+    experiment, model = tiny_experiment(), tiny_model(1)
+    preset = replace(PAPER, dlw_scale=scale)
+    old = old_policy(experiment, tiny_model(2), preset, batch)
+    monkeypatch.setattr(crediting, "apply_step", lambda *_: 0.0)  # leaves the gradient
+    torch.manual_seed(3)
+    settings = RlRewardModel(name="x", batch=64)
+    numbers = update_reward_model(
+        experiment, preset, settings, Ipvrm(), model, None, batch, old.logprobs_N, old.cu_seqlens, 1, 1
+    )
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    model.zero_grad(set_to_none=True)
+    mu, right = batch.group_mean_B, batch.rewards_B > 0
+    weights = torch.where(right, 1 - mu, mu) if scale == "raw" else torch.where(right, 0.5 / mu, 0.5 / (1 - mu))
+    boundary = torch.log(mu / (1 - mu))
+    expected = backward_reward_loss(
+        experiment, model, Ipvrm(), batch.answers, old.logprobs_N, batch.rewards_B, weights / 6, boundary
+    )
+    assert numbers["rm_loss"] == pytest.approx(expected, rel=1e-5)
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+        limit = 1e-5 * parameter.grad.abs().max().item()
+        torch.testing.assert_close(gradient, parameter.grad, rtol=0, atol=limit)
 
 
 def test_online_update_raises_right_and_lowers_wrong_answers(tiny_experiment, tiny_model, batch):

@@ -124,13 +124,13 @@ def test_adapters_through_the_phases(train, start):
 
 
 @pytest.mark.parametrize(
-    ("objective", "selection"), [("implicit_prm", "pairs"), ("dpo", "pairs"), ("ipvrm", "answers")]
+    ("objective", "pairing"), [("implicit_prm", "covering"), ("dpo", "covering"), ("ipvrm", "disjoint")]
 )
-def test_every_objective_learns_to_rank(start, tmp_path, objective, selection):
+def test_every_objective_learns_to_rank(start, tmp_path, objective, pairing):
     """On the training prompts themselves, where right answers must come to score higher."""
     for phase in ("sft", "rollout"):
         shutil.copytree(start / phase, tmp_path / phase)
-    settings = {"objective": objective, "selection": selection, "steps": 40, "batch": 16, "optim": {"lr": 1e-3}}
+    settings = {"objective": objective, "pairing": pairing, "steps": 40, "batch": 16, "optim": {"lr": 1e-3}}
     experiment = Experiment(check({**BASE, "rm": {"y": settings}}), tmp_path)
     train_rm.run(experiment, "y")
     groups = [g for g in rollout.read(tmp_path / "rollout")[:16] if 0 < sum(g.correct) < len(g.correct)]

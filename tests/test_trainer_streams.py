@@ -11,7 +11,7 @@ from ipvrm_core.trainer.config import RewardModel, check
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.metrics import MetricsLog, read_metrics
 from ipvrm_core.trainer.phases.rollout import Rollouts
-from ipvrm_core.trainer.phases.train_rm import select, validate
+from ipvrm_core.trainer.phases.train_rm import make_pairs, validate
 from ipvrm_core.trainer.seeds import epoch_slice, stable_seed
 
 # ---- seeds and shuffled epochs
@@ -77,35 +77,33 @@ def _rollouts(prompt: int, correct: str) -> Rollouts:
 ROLLOUTS = [_rollouts(0, "++-+"), _rollouts(1, "----"), _rollouts(2, "-+-+--"), _rollouts(3, "++")]
 
 
-@pytest.mark.parametrize(("limit", "sizes"), [(None, {0: 1, 2: 2}), (1, {0: 1, 2: 1})])
-def test_pairs_are_right_and_wrong_answers_of_one_prompt(limit, sizes):
-    items = select(ROLLOUTS, RewardModel(pairs_per_prompt=limit), seed=0)
+@pytest.mark.parametrize(
+    ("pairing", "limit", "sizes"),
+    [
+        ("disjoint", None, {0: 1, 2: 2}),  # the rarer kind decides: 3 right and 1 wrong, 2 right and 4 wrong
+        ("covering", None, {0: 3, 2: 4}),  # the commoner kind decides
+        ("disjoint", 1, {0: 1, 2: 1}),
+        ("covering", 2, {0: 2, 2: 2}),
+    ],
+)
+def test_pairs_are_right_and_wrong_answers_of_one_prompt(pairing, limit, sizes):
+    pairs = make_pairs(ROLLOUTS, RewardModel(pairing=pairing, pairs_per_prompt=limit), seed=0)
     found: dict[int, int] = {}
-    for right, wrong in items:
-        assert right.correct
-        assert not wrong.correct
-        prompt, number = right.answer.response_ids
+    for right, wrong in pairs:
+        prompt = right.answer.response_ids[0]
         assert wrong.answer.response_ids[0] == prompt
-        assert right.ref_logprobs == [float(-number), -0.5]  # its own, not another answer's
-        assert right.weight == wrong.weight == 1.0
+        for row, correct in ((right, True), (wrong, False)):
+            number = row.answer.response_ids[1]
+            assert row.correct == ROLLOUTS[prompt].correct[number] == correct
+            assert row.ref_logprobs == [float(-number), -0.5]  # its own, not another answer's
         found[prompt] = found.get(prompt, 0) + 1
     assert found == sizes
-    used = [tuple(row.answer.response_ids) for item in items for row in item]
-    assert len(used) == len(set(used))
-
-
-def test_all_answers_of_mixed_prompts_balanced():
-    """mu = 3/4: right 1/(2 mu) = 2/3, wrong 2; mu = 1/3: right 3/2, wrong 3/4. Each side of a prompt weighs n/2."""
-    items = select(ROLLOUTS, RewardModel(selection="answers"), seed=0)
-    assert all(len(item) == 1 for item in items)
-    rows = [item[0] for item in items]
-    assert sorted(row.answer.response_ids for row in rows) == [[0, i] for i in range(4)] + [[2, i] for i in range(6)]
-    expected = {(0, True): 2 / 3, (0, False): 2.0, (2, True): 1.5, (2, False): 0.75}
-    for row in rows:
-        prompt, number = row.answer.response_ids
-        assert row.correct == ROLLOUTS[prompt].correct[number]
-        assert row.ref_logprobs == [float(-number), -0.5]
-        assert row.weight == pytest.approx(expected[prompt, row.correct])
+    used = [tuple(row.answer.response_ids) for pair in pairs for row in pair]
+    if pairing == "disjoint":
+        assert len(used) == len(set(used))
+    elif limit is None:
+        assert set(used) == {(prompt, i) for prompt, count in ((0, 4), (2, 6)) for i in range(count)}
+        assert len(pairs) == len(set(zip(used[::2], used[1::2], strict=True)))  # no pair twice
 
 
 def test_validation_of_one_kind_of_answers_is_left_out(tiny_experiment, tiny_model):
