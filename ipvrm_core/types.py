@@ -111,7 +111,7 @@ class PolicyLossConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1]; got {getattr(self, name)}")
         for name in ("alpha", "clip_high", "candidate_clip_high", "kl_coef"):
-            if getattr(self, name) < 0:
+            if not getattr(self, name) >= 0:  # not "< 0", which nan passes
                 raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
         for name in ("dual_clip", "candidate_dual_clip"):
             value = getattr(self, name)

@@ -301,9 +301,22 @@ def test_every_field_of_a_preset_is_checked_and_reaches_the_method(field, preset
     if field.name in ("prompts", "keep_prompts"):  # they depend on each other
         other = preset
     value = getattr(PRESETS[other], field.name)
+    if field.name == "offline_margin":  # would be ignored there, so it is refused
+        with pytest.raises(ConfigError, match=r"method\.offline_margin belongs to the reward model"):
+            with_method(value)
+        return
     rl = with_method(value).rl["x"]
     assert asdict(rl.resolved()) == {**asdict(PRESETS[preset]), field.name: value}
     assert rl.method == asdict(rl.resolved())
+
+
+@pytest.mark.parametrize("word", ["sft.steps=true", 'sft.steps="5"', "sft.steps=4.0", "sft.optim.lr=nan"])
+def test_values_of_another_kind_are_not_converted(refused, word):
+    assert word.split("=")[0] in refused(word)
+
+
+def test_a_beta_for_the_policy_run_is_refused(refused):
+    assert "method.beta belongs to the reward model" in refused("rl.distrl.method.beta=5.0")
 
 
 # ---- the resolved configuration

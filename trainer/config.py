@@ -25,7 +25,9 @@ class ConfigError(ValueError):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, validate_default=True, protected_namespaces=()
+    )
 
 
 def _dataclass(cls: type, values: dict, table: str):
@@ -122,7 +124,7 @@ class Optim(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
     grad_clip: PositiveFloat | None = 1.0
 
 
@@ -203,6 +205,9 @@ class Rl(Section):
             raise ValueError(f"keep_prompts must be in 1 .. prompts = {preset.prompts}; got {preset.keep_prompts}")
         if preset.rollouts < 2:
             raise ValueError(f"rollouts must be >= 2 for a group to have a spread; got {preset.rollouts}")
+        for name in ("beta", "offline_margin"):
+            if getattr(preset, name) != getattr(PRESETS[self.preset], name):
+                raise ValueError(f"method.{name} belongs to the reward model: set it in rm.<name>.args")
         preset.loss_config()
         candidate_slots(preset.p_min, top_k=preset.top_k)  # raises for a rule that cannot be
         self.__dict__["method"] = asdict(preset)  # resolved: what config.json shows is what runs
