@@ -17,6 +17,7 @@ pytest.importorskip("pydantic")
 from ipvrm_core.trainer import config as configuration
 from ipvrm_core.trainer.report import build, tables
 from ipvrm_core.trainer.report.collect import collect
+from ipvrm_core.trainer.report.compare import compare
 from ipvrm_core.trainer.report.page import duration, number, points
 from ipvrm_core.trainer.report.plots import smooth, window
 
@@ -289,3 +290,28 @@ def test_numbers_as_they_are_shown():
     )
     assert [points(x) for x in (0.0974, -0.02)] == ["+9.7", "\N{MINUS SIGN}2.0"]
     assert [duration(x) for x in (12.34, 245, 3720)] == ["12.3 s", "4 min 05 s", "1 h 02 min"]
+
+
+def test_compare_gives_mean_and_sample_deviation(tmp_path):
+    for seed, greedy in enumerate((0.5, 0.7)):
+        folder = tmp_path / str(seed) / "eval"
+        folder.mkdir(parents=True)
+        results = {
+            "policy-start": {"greedy": greedy, "prompts": 512},
+            "rm-a": {"localisation": {"train/process": {"f1_oracle": 0.25}}},
+        }
+        (folder / "results.json").write_text(json.dumps(results))
+    text = compare([tmp_path / "0", tmp_path / "1"])
+    assert "| greedy | 0.600 ± 0.141 |" in text  # deviations -0.1 and 0.1: sqrt(0.02 / 1)
+    assert "| prompts | 512 ± 0 |" in text
+    assert "| localisation train/process f1_oracle | 0.250 ± 0.000 |" in text
+
+
+def test_compare_refuses_runs_of_other_models(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name / "eval").mkdir(parents=True)
+        (tmp_path / name / "eval" / "results.json").write_text(json.dumps({f"policy-{name}": {"greedy": 0.5}}))
+    with pytest.raises(ValueError, match=r"policy-b.*policy-a"):
+        compare([tmp_path / "a", tmp_path / "b"])
+    with pytest.raises(FileNotFoundError, match="ipvrm eval"):
+        compare([tmp_path / "c"])

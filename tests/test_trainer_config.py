@@ -371,7 +371,7 @@ def _flat(annotation) -> list:
 
 def test_config_lists_every_key(capsys):
     assert cli.main(["config"]) == 0
-    listed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if not line.startswith("[")]
+    listed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line and line[0] != "["]
     expected = _leaves(Config)
     assert len(expected) > 80
     assert {"rm.<name>.optim.lr", "rl.<name>.reward_model.optim.lr", "model.lora.rank"} <= set(expected)

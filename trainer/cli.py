@@ -56,6 +56,12 @@ def _parser() -> argparse.ArgumentParser:
     whole.add_argument("--jobs", type=int, default=1, help="phases side by side, where they do not need each other")
     phase("report", "Write RUN/report/index.html and its pictures.", _report)
 
+    seeds = commands.add_parser(
+        "compare", help="Mean and spread over the evaluations of several runs (seeds), as Markdown."
+    )
+    seeds.add_argument("runs", nargs="+", type=Path, help="run folders")
+    seeds.set_defaults(function=_compare)
+
     listing = commands.add_parser("config", help="List every configuration key.")
     listing.set_defaults(function=lambda _: print("\n".join(configuration.describe())))
     return parser
@@ -144,6 +150,12 @@ def _run(options) -> None:
         raise ConfigError(f"{options.run} is not empty; pass --resume to go on, or take another --run folder")
     Experiment(config, options.run)
     pipeline.run(config, options.run, options.jobs)
+
+
+def _compare(options) -> None:
+    from ipvrm_core.trainer.report.compare import compare
+
+    print(compare(options.runs))
 
 
 def _report(options) -> None:

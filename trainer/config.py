@@ -7,7 +7,8 @@ real model on one device; `configs/` holds complete files.
 import tomllib
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
@@ -237,6 +238,8 @@ class Eval(Section):
 
 
 class Verifier(Section):
+    """Who decides whether an answer is right."""
+
     kind: str = Field(
         "math", pattern=r"^(exact|math|[\w.]+:\w+)$", description="exact | math | package.module:function"
     )
@@ -343,21 +346,32 @@ def describe(section: type[BaseModel] = Config, prefix: str = "") -> list[str]:
     """One line per key: name, type, default, meaning. For `ipvrm config`."""
     lines = []
     for name, field in section.model_fields.items():
-        kind = str(field.annotation).replace("ipvrm_core.trainer.config.", "").replace("typing.", "")
-        kind = getattr(field.annotation, "__name__", kind) if "[" not in kind and "|" not in kind else kind
-        default = "required" if field.is_required() else f"default {field.default!r}"
-        nested = next(
-            (
-                cls
-                for cls in Section.__subclasses__()
-                if cls.__name__ in kind.replace("|", " ").replace("[", " ").replace("]", " ").replace(",", " ").split()
-            ),
-            None,
-        )
-        key = f"{prefix}{name}" + (".<name>" if kind.startswith("dict[str,") and nested else "")
+        nested = _section_in(field)
+        key = f"{prefix}{name}"
         if nested:
-            lines.append(f"[{key}]  {(nested.__doc__ or '').strip().splitlines()[0] if nested.__doc__ else ''}")
-            lines += describe(nested, f"{key}.")
-        else:
-            lines.append(f"{key}: {kind}, {default}" + (f" - {field.description}" if field.description else ""))
+            key += ".<name>" if get_origin(field.annotation) is dict else ""
+            lines += ["", f"[{key}]  {nested.__doc__.splitlines()[0]}", *describe(nested, f"{key}.")]
+            continue
+        default = "required" if field.is_required() else f"default {field.default!r}"
+        meaning = f" - {field.description}" if field.description else ""
+        lines.append(f"{key}: {_type_name(field.annotation)}, {default}{meaning}")
     return lines
+
+
+def _section_in(field) -> type[Section] | None:
+    """The Section that a field holds, alone, as an option, or by name in a dict."""
+    kinds = [field.annotation, *get_args(field.annotation)]
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+
+
+def _type_name(kind) -> str:
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Annotated:
+        return _type_name(inner[0])
+    if origin is Literal:
+        return " | ".join(map(repr, inner))
+    if origin in (Union, UnionType):
+        return " | ".join(map(_type_name, inner))
+    if origin:
+        return f"{origin.__name__}[{', '.join(map(_type_name, inner))}]"
+    return "None" if kind is type(None) else getattr(kind, "__name__", str(kind))
