@@ -41,6 +41,7 @@ _EXPORTS = {
     "dynamic_loss_weights": "reference.reward_losses",
     "td_errors": "reference.advantages",
     "td_advantages": "reference.advantages",
+    "center_on_candidates": "reference.advantages",
     "value_moments": "reference.advantages",
     "sigma_v": "reference.advantages",
     "outcome_advantages": "reference.advantages",

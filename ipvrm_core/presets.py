@@ -35,6 +35,7 @@ class Preset:
     gae_coef: float = 1.0
     gamma: float = 1.0
     lam: float = 1.0
+    candidate_baseline: Literal["none", "mean"] = "none"  # "mean": `center_on_candidates`, ours
     # policy loss
     alpha: float = 0.1
     clip_low: float = 0.20

@@ -27,6 +27,7 @@ TABLE = {
     "gae_coef": (1.0, 0.05),
     "gamma": (1.0, 1.0),
     "lam": (1.0, 1.0),
+    "candidate_baseline": ("none", "none"),  # ours
     "alpha": (0.1, 0.1),
     "clip_low": (0.20, 0.20),
     "clip_high": (0.28, 0.28),

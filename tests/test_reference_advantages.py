@@ -7,7 +7,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipvrm_core.reference.advantages import gae, group_normalize, outcome_advantages, process_advantages, whiten
+from ipvrm_core.reference.advantages import (
+    center_on_candidates,
+    gae,
+    group_normalize,
+    outcome_advantages,
+    process_advantages,
+    whiten,
+)
 
 
 def f64(*numbers):
@@ -167,3 +174,19 @@ def test_advantages_follow_a_permutation_of_the_sequences(seed, lengths):
     for before, after in zip(plain, moved, strict=True):
         for b, sequence in zip(order.tolist(), after, strict=True):
             torch.testing.assert_close(sequence, before[b], rtol=0, atol=1e-10)
+
+
+def test_center_on_candidates_by_hand():
+    """pi_old = 0.6, 0.2. delta = 1, -3: mean (0.6 - 0.6) / 0.8 = 0. delta = 2, -2: mean (1.2 - 0.4) / 0.8 = 1."""
+    ids = torch.tensor([[3, 7, -1], [3, 7, -1], [-1, -1, -1]])
+    logprobs = torch.tensor([[0.6, 0.2, 1.0]] * 3, dtype=torch.float64).log()
+    delta = torch.tensor([[1.0, -3.0, 99.0], [2.0, -2.0, 99.0], [99.0, 99.0, 99.0]], dtype=torch.float64)
+    centred = center_on_candidates(delta, ids, logprobs)
+    expected = torch.tensor([[1.0, -3.0, 0.0], [1.0, -3.0, 0.0], [0.0, 0.0, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(centred, expected, rtol=0, atol=1e-12)
+
+
+def test_a_single_candidate_has_no_centred_advantage():
+    """Nothing to choose from, nothing to learn: delta minus itself."""
+    ids, logprobs = torch.tensor([[4]]), torch.tensor([[-0.01]])
+    assert center_on_candidates(torch.tensor([[-7.0]]), ids, logprobs).item() == 0.0

@@ -231,7 +231,8 @@ def test_partial_run_names_the_missing_commands(config, tmp_path):
     place = f"'{run}/config.json' --run '{run}'"
     assert "sft has not" not in text
     assert f"rollout has not been run: ipvrm rollout {place}" in text
-    assert f"rm.ipvrm is not finished (step 40 of {config.rm['ipvrm'].steps}): ipvrm train-rm --name ipvrm {place} --resume" in text
+    steps = config.rm["ipvrm"].steps
+    assert f"rm.ipvrm is not finished (step 40 of {steps}): ipvrm train-rm --name ipvrm {place} --resume" in text
     assert f"rm.implicit_prm has not been run: ipvrm train-rm --name implicit_prm {place}" in text
     assert f"rl.distrl has not been run: ipvrm distrl --name distrl {place}" in text
     assert f"eval has not been run: ipvrm eval {place}" in text

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ipvrm_core import (
     Candidates,
+    center_on_candidates,
     difficulty_boundary,
     dynamic_loss_weights,
     linear_logprobs,
@@ -69,6 +70,8 @@ def assign(
     values_N = prefix_values(rm_sampled_N - old.logprobs_N, old.cu_seqlens, objective.beta)
     delta_N = td_errors(rm_sampled_N, old.logprobs_N, objective.beta)
     delta_NK = td_errors(rm_NK, old.candidates.logprobs_NK, objective.beta)
+    if preset.candidate_baseline == "mean":
+        delta_NK = center_on_candidates(delta_NK, old.candidates.ids_NK, old.candidates.logprobs_NK)
     if preset.skip_last_token:
         delta_N = delta_N.masked_fill(last_N, 0.0)
     sigma = sigma_v(value_moments(values_N), preset.sigma_form)

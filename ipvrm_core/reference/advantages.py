@@ -43,6 +43,21 @@ def td_advantages(delta: Tensor, sigma: Tensor) -> Tensor:
     return delta / sigma.to(delta.dtype)
 
 
+def center_on_candidates(delta_NK: Tensor, ids_NK: Tensor, old_logprobs_NK: Tensor) -> Tensor:
+    """delta_t(v) - sum_{w in C_t} pi_old(w) delta_t(w) / sum_{w in C_t} pi_old(w): [N, K] -> [N, K]; 0 at padded ids.
+
+    A baseline per state (ours, not the paper's; off in both presets). Over the whole vocabulary a constant added to
+    delta changes nothing, but cut to C_t it moves mass between C_t and the rest; and the mean of delta under pi_old is
+    -beta KL(pi_old || pi_phi) <= 0, so without it the candidates as a whole are pushed down in favour of the tail.
+    """
+    valid_NK = ids_NK >= 0
+    mass_NK = torch.where(valid_NK, old_logprobs_NK.exp(), 0.0)
+    delta_NK = torch.where(valid_NK, delta_NK, 0.0)
+    tiny = torch.finfo(mass_NK.dtype).tiny
+    mean_N1 = (mass_NK * delta_NK).sum(-1, keepdim=True) / mass_NK.sum(-1, keepdim=True).clamp(min=tiny)
+    return torch.where(valid_NK, delta_NK - mean_N1, 0.0)
+
+
 def outcome_advantages(rewards_B: Tensor, groups_B: Tensor) -> Tensor:
     """A = (r - mean_group) / std_group, population std; 0 for a group whose rewards are all equal: [B] (GRPO).
 
