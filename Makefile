@@ -11,7 +11,7 @@ test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -q
 
 demo: $(INSTALLED)
-	$(BIN)/ipvrm run trainer/configs/demo.toml --run runs/demo --jobs 2 --resume
+	$(BIN)/ipvrm run demo --run runs/demo --jobs 2 --resume
 
 bench: $(INSTALLED)
 	$(BIN)/python -m ipvrm_core.bench.cpu

@@ -438,3 +438,9 @@ def test_the_resolved_file_takes_no_overrides(base, tmp_path, capsys):
     path.write_text(load(base).model_dump_json())
     assert cli.main(["sft", str(path), "sft.steps=3", "--run", str(tmp_path / "run")]) == 2
     assert "override" in capsys.readouterr().err
+
+
+def test_a_bare_name_is_a_shipped_configuration():
+    assert load("demo").rl.keys() == {"grpo", "grpo_ipvrm", "distrl"}
+    with pytest.raises(ConfigError, match=r"one of demo, .*got nothing_of_the_kind"):
+        load("nothing_of_the_kind")

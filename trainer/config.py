@@ -300,10 +300,14 @@ class Config(Section):
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> Config:
-    """Read a TOML file, apply `key.path=value` overrides (TOML syntax, bare words are strings), check it all."""
-    path = Path(path)
+    """Read a TOML file, apply `key.path=value` overrides (TOML syntax, bare words are strings), check it all.
+
+    A bare name such as "demo" is a configuration that ships with the package.
+    """
+    shipped = {file.stem: file for file in (Path(__file__).parent / "configs").glob("*.toml")}
+    path = shipped.get(str(path), Path(path))
     if not path.is_file():
-        raise ConfigError(f"configuration must be a TOML file; {path} does not exist")
+        raise ConfigError(f"configuration must be a TOML file or one of {', '.join(sorted(shipped))}; got {path}")
     try:
         raw = tomllib.loads(path.read_text())
     except tomllib.TOMLDecodeError as error:
