@@ -38,7 +38,7 @@ def _parser() -> argparse.ArgumentParser:
 
     def phase(name: str, help: str, function, named: str | None = None) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=help, description=help, epilog=EPILOG, formatter_class=raw)
-        sub.add_argument("config", help="TOML file, a shipped one by its bare name (demo, ...), or the config.json of a run")
+        sub.add_argument("config", help="TOML file, the bare name of a shipped one, or a run's config.json")
         sub.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
         sub.add_argument("--run", type=Path, required=True, help="folder of this experiment; made if it does not exist")
         sub.add_argument("--resume", action="store_true", help="go on where a killed or finished phase stopped")
