@@ -444,3 +444,23 @@ def test_a_bare_name_is_a_shipped_configuration():
     assert load("demo").rl.keys() == {"grpo", "grpo_ipvrm", "distrl"}
     with pytest.raises(ConfigError, match=r"one of demo, .*got nothing_of_the_kind"):
         load("nothing_of_the_kind")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["sft", "demo", "--run", "r", "seed=3", "name=x"],
+        ["sft", "demo", "seed=3", "--run", "r", "name=x"],
+        ["sft", "demo", "seed=3", "name=x", "--run", "r", "--resume"],
+    ],
+)
+def test_overrides_may_stand_anywhere(words):
+    options = cli._parse(words)
+    assert (options.config, options.overrides) == ("demo", ["seed=3", "name=x"])
+
+
+@pytest.mark.parametrize("words", [["sft", "demo", "--run", "r", "--sed=3"], ["config", "seed=3"]])
+def test_words_that_nothing_takes_are_refused(words, capsys):
+    with pytest.raises(SystemExit):
+        cli._parse(words)
+    assert "unrecognized" in capsys.readouterr().err

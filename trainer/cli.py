@@ -17,7 +17,7 @@ Every phase may be killed at any moment; the same command with --resume goes on 
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    options = _parse(arguments)
     try:
         options.function(options)
     except (ConfigError, RuntimeError, ValueError, FileNotFoundError, FloatingPointError) as error:
@@ -26,6 +26,18 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"ipvrm {options.command}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Overrides may stand anywhere; argparse alone takes them only right behind the file."""
+    parser = _parser()
+    options, rest = parser.parse_known_args(arguments)
+    strange = [word for word in rest if word.startswith("-") or "=" not in word or not hasattr(options, "overrides")]
+    if strange:
+        parser.error(f"unrecognized arguments: {' '.join(strange)}")
+    if rest:
+        options.overrides = [*options.overrides, *rest]
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
