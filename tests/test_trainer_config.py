@@ -148,7 +148,7 @@ def test_unknown_keys(override, key, came, refused):
         ("rm.ipvrm.args.margin=wide", "rm.ipvrm.args.margin", "'wide'"),
         ("rm.ipvrm.args.weighting=middle", "rm.ipvrm.args.weighting", "'middle'"),
         ("rm.ipvrm.pairing=all", "rm.ipvrm.pairing", "'all'"),
-        ("sft.stop_below=0", "sft.stop_below", "0"),
+        ("sft.stop_accuracy=0", "sft.stop_accuracy", "0"),
         ("micro_batch_tokens=0", "micro_batch_tokens", "0"),
     ],
 )

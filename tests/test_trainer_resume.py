@@ -33,7 +33,7 @@ data = { task = "chain", task_args = { min_ops = 1, max_ops = 2 } }
 test = { task = "chain", task_args = { min_ops = 1, max_ops = 2 } }
 verifier = { kind = "exact" }
 generation = { max_new_tokens = 20, batch = 64 }
-sft = { steps = 60, batch = 32, stop_below = 1.2, optim = { lr = 1e-2, warmup = 5, schedule = "cosine" } }
+sft = { steps = 60, batch = 32, stop_accuracy = 0.1, optim = { lr = 1e-2, warmup = 5, schedule = "cosine" } }
 rollout = { prompts = 24, samples = 8, held_out = 8, batch = 2 }
 eval = { prompts = 16, samples = 4, traces = 40 }
 

@@ -135,8 +135,8 @@ class Sft(Section):
     data: Source | None = None
     steps: Positive = 200
     batch: Positive = Field(64, description="sequences a step")
-    stop_below: PositiveFloat | None = Field(
-        None, description="stop early once the mean nll (nats per token) of ten steps is below this"
+    stop_accuracy: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        None, description="stop early once sampled answers to training problems are right this often"
     )
     optim: Optim = Optim(lr=5e-5, warmup=2)
 

@@ -67,10 +67,19 @@ def build_scratch(scratch: Scratch, tokenizer) -> nn.Module:
 
 
 def load_pretrained(path: str | Path, dtype: str = "float32", gguf_file: str | None = None) -> nn.Module:
-    from transformers import AutoModelForCausalLM
+    """A causal language model; a GGUF file is dequantised into dense weights that can be trained and saved."""
+    from transformers import AutoModelForCausalLM, GgufConfig
 
-    extra = {"gguf_file": gguf_file} if gguf_file else {}
-    return AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype), **extra)
+    settings = {"dtype": getattr(torch, dtype)}
+    if not gguf_file:
+        return AutoModelForCausalLM.from_pretrained(path, **settings)
+    quantization = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        path, gguf_file=gguf_file, quantization_config=quantization, **settings
+    )
+    # The weights are dense now, but the model still calls itself quantised and would refuse to be saved.
+    model.hf_quantizer, model.is_quantized = None, False
+    return model
 
 
 def start_model(model: Model, tokenizer) -> nn.Module:

@@ -5,7 +5,11 @@ from ipvrm_core.trainer.batching import TokenBatch, micro_batches, response_hidd
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.models import head_of
 from ipvrm_core.trainer.optim import apply_step, make_optimizer
+from ipvrm_core.trainer.phases.rollout import generation_settings, sample_and_verify
 from ipvrm_core.trainer.phases.training import Training, phase_folder
+
+CHECK_EVERY = 10  # steps between accuracy checks, where sft.stop_accuracy asks for them
+CHECK_PROMPTS = 256
 
 
 def run(experiment: Experiment, resume: bool = False) -> None:
@@ -19,16 +23,8 @@ def run(experiment: Experiment, resume: bool = False) -> None:
             return
         model = experiment.trainable(experiment.base_model(), "sft").train()
         optimizer = make_optimizer(model, sft.optim)
-        training = Training(
-            experiment,
-            folder,
-            sft.steps,
-            {"model": model},
-            {"model": optimizer},
-            show=("nll", "grad_norm"),
-            every=10,
-            state={"recent_nll": []},
-        )
+        show = ("nll", "grad_norm", "accuracy")
+        training = Training(experiment, folder, sft.steps, {"model": model}, {"model": optimizer}, show=show, every=10)
         for step in training.steps():
             experiment.seed("sft", step)
             examples = experiment.examples("sft", (step - 1) * sft.batch, sft.batch)
@@ -45,8 +41,17 @@ def run(experiment: Experiment, resume: bool = False) -> None:
                 experiment.accelerator.backward(loss)
                 total += loss.item()
             norm = apply_step(optimizer, sft.optim, step, sft.steps)
-            training.log(step, nll=total, grad_norm=norm, tokens=tokens)
-            recent = training.state["recent_nll"] = [*training.state["recent_nll"], total][-10:]
-            if sft.stop_below and len(recent) == 10 and sum(recent) / 10 < sft.stop_below:
-                training.state["stopped"] = True
+            numbers = {}
+            if sft.stop_accuracy and step % CHECK_EVERY == 0:
+                experiment.seed("sft check", step)
+                numbers["accuracy"] = sampled_accuracy(experiment, model)
+                training.state["stopped"] = numbers["accuracy"] >= sft.stop_accuracy
+            training.log(step, nll=total, grad_norm=norm, tokens=tokens, **numbers)
         training.finish(model)
+
+
+def sampled_accuracy(experiment: Experiment, model) -> float:
+    """Share of right answers, one sample for each of CHECK_PROMPTS training problems of a stream of their own."""
+    examples = experiment.examples("sft check", 0, CHECK_PROMPTS)
+    _, verdicts = sample_and_verify(experiment, model, examples, 1, **generation_settings(experiment))
+    return sum(verdict.correct for verdict in verdicts) / len(verdicts)
