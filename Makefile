@@ -9,6 +9,7 @@ INSTALLED := $(VENV)/.installed
 
 test: $(INSTALLED) lint
 	$(BIN)/python -m pytest -q
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels tests/ops
 
 demo: $(INSTALLED)
 	$(BIN)/ipvrm run demo --run runs/demo --jobs 2 --resume

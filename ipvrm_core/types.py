@@ -45,6 +45,7 @@ class PolicyBatch:
     advantages_N: A_t of the sampled token. candidate_advantages_NK: A_TD(v) = delta_t(v) / sigma_V.
     token_weights_N, candidate_weights_N: from `branch_weights`; 0 masks the row out of that branch.
     ref_logprobs_N: log pi_ref of the sampled token, only for the KL term.
+    temperatures_N: one temperature a row, > 0, in place of PolicyLossConfig.temperature.
     """
 
     sampled_ids_N: Tensor
@@ -56,13 +57,14 @@ class PolicyBatch:
     candidate_advantages_NK: Tensor
     candidate_weights_N: Tensor
     ref_logprobs_N: Tensor | None = None
+    temperatures_N: Tensor | None = None
 
     def __post_init__(self) -> None:
         N = self.sampled_ids_N.shape[0]
         K = self.candidate_ids_NK.shape[-1]
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None and field.name == "ref_logprobs_N":
+            if value is None and field.default is None:
                 continue
             expected = (N, K) if field.name.endswith("_NK") else (N,)
             if tuple(value.shape) != expected:
@@ -93,6 +95,7 @@ class PolicyLossConfig:
     clip_low, clip_high: the ratio is clipped to [1 - clip_low, 1 + clip_high] (0.20 / 0.28).
     dual_clip: on negative advantages the loss of a token is capped at dual_clip * |A|; None switches it off.
     temperature divides the logits and must be the one the batch was sampled at.
+    softcap: the logits are first bounded to softcap * tanh(logits / softcap), as in Gemma 2; None switches it off.
     """
 
     alpha: float = 0.1
@@ -103,6 +106,7 @@ class PolicyLossConfig:
     candidate_clip_high: float = 0.28
     candidate_dual_clip: float | None = None
     temperature: float = 1.0
+    softcap: float | None = None
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
 
@@ -119,6 +123,8 @@ class PolicyLossConfig:
                 raise ValueError(f"{name} must be > 1 or None; got {value}")
         if not self.temperature > 0:
             raise ValueError(f"temperature must be > 0; got {self.temperature}")
+        if self.softcap is not None and not self.softcap > 0:
+            raise ValueError(f"softcap must be > 0 or None; got {self.softcap}")
 
 
 class PolicyLossOutput(NamedTuple):

@@ -1,4 +1,4 @@
-"""z = (h W^T + b) / T, a few rows at a time, and the way back from dLoss/dz.
+"""x = h W^T + b, a few rows at a time, and the way back from dLoss/dx.
 
 Shape letters: N rows, n rows of one chunk, D hidden size, V vocabulary.
 """
@@ -8,11 +8,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# Bytes for the private [n, V] buffers of one call. CPU: where the sweep of bench/cpu.py turns flat. CUDA: 1024 or more
-# rows of a 150k vocabulary, where a matrix product is bound by arithmetic; derived, not yet measured.
-DEFAULT_BUFFER_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
+# Bytes for the private [n, V] buffers of one call. CPU: where the sweep of bench/cpu.py turns flat. CUDA: about 700
+# rows of a 150k vocabulary, which with dh stays under 0.5 GB at D = 4096; derived, not yet measured.
+DEFAULT_BUFFER_BYTES = {"cpu": 128 << 20, "cuda": 416 << 20}
 _ROW_MULTIPLE = 64
-# Row statistics go over a scratch of this size: in cache on a CPU, few launches on a GPU.
+_MOST_ROWS = 4096  # of a fixed chunk: a product of so many rows is bound by arithmetic at any D
+# Row statistics in torch go over a scratch of this size: in cache on a CPU, few launches on a GPU.
 _SCRATCH_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 
@@ -36,17 +37,25 @@ def rows_per_chunk(n_rows: int, vocabulary: int, bytes_per_logit: int, buffer_by
 
 
 class Head:
-    """Logits in chunks of rows. With weight=None `hidden` already is the logits [N, V], and only 1/T is applied.
+    """The head's outputs in chunks of rows. With weight=None `hidden` already is x [N, V].
 
-    Every chunk has the same shape, except that the last may be shorter. A row's logits depend on no other row's
-    values; BLAS may pick another kernel for another chunk shape, so the last bits may change with the budget and N.
+    fixed: every product has the same number of rows, set by V and the budget alone; the last chunk is padded. BLAS then
+    takes the same code path for every row, so a row's bits do not depend on N or on its place in the batch. Otherwise
+    the last chunk is shorter and no chunk is longer than N.
 
     bfloat16 on CUDA multiplies in tensor cores into float32. Any other half-precision weight is upcast once a call
     (V * D * 4 bytes): CPU products have no float32 output, and float16 gradients underflow at weights of 1/tokens.
     """
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None, temperature: float, max_buffer_bytes: int
+        self,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        buffer_bytes: int,
+        *,
+        extra_bytes_per_logit: int = 0,
+        fixed: bool = False,
     ) -> None:
         self.N, self.V = hidden.shape[0], (hidden if weight is None else weight).shape[-1 if weight is None else 0]
         self.wide = wide_dtype(hidden, weight, bias)
@@ -54,65 +63,91 @@ class Head:
         self.hidden = hidden
         self.weight = weight if weight is None or self.tensor_cores else weight.to(self.wide)
         self.bias = None if bias is None else bias.to(self.wide)
-        self.temperature = temperature
-        bytes_per_logit = self.wide.itemsize + 2 * self.tensor_cores
-        scratch_bytes = min(_SCRATCH_BYTES.get(hidden.device.type, 256 << 20), max_buffer_bytes // 4)
-        n = rows_per_chunk(self.N, self.V, bytes_per_logit, max_buffer_bytes - scratch_bytes)
-        self._chunks = [slice(a, min(a + n, self.N)) for a in range(0, self.N, n)]
-        self._logits = hidden.new_empty(n, self.V, dtype=self.wide)
-        b = rows_per_chunk(n, self.V, self.wide.itemsize, scratch_bytes)
-        self.scratch = hidden.new_empty(b, self.V, dtype=self.wide)
+        self.fixed = fixed and weight is not None
+        most = _MOST_ROWS if self.fixed else self.N
+        self.n = rows_per_chunk(most, self.V, self.wide.itemsize + extra_bytes_per_logit, buffer_bytes)
 
     def hidden_rows(self, rows: slice) -> Tensor:
-        """h[rows] as the operand of a product with W or dz."""
+        """h[rows] as the operand of a product with W or dx."""
         return self.hidden[rows] if self.tensor_cores else self.hidden[rows].to(self.wide)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, z [n, V]); z is the caller's to overwrite until the next chunk, and so is `scratch` at any time."""
-        for rows in self._chunks:
-            yield rows, self._fill(rows, self._logits[: rows.stop - rows.start])
+        """(rows, x [n, V]) in the wide type; x is the caller's to overwrite until the next chunk."""
+        buffer_nV = self.hidden.new_empty(self.n, self.V, dtype=self.wide)
+        for start in range(0, self.N, self.n):
+            rows = slice(start, min(start + self.n, self.N))
+            yield rows, self._fill(rows, buffer_nV)
 
-    def _fill(self, rows: slice, z_nV: Tensor) -> Tensor:
+    def _fill(self, rows: slice, buffer_nV: Tensor) -> Tensor:
+        x_nV = buffer_nV[: rows.stop - rows.start]
         if self.weight is None:
-            return z_nV.copy_(self.hidden[rows]).div_(self.temperature)
-        scale = 1 / self.temperature
+            return x_nV.copy_(self.hidden[rows])
+        hidden_nD = self.hidden_rows(rows)
+        if self.fixed:
+            hidden_nD, target_nV = padded(hidden_nD, self.n), buffer_nV
+        else:
+            target_nV = x_nV
         kind = {"out_dtype": self.wide} if self.tensor_cores else {}
-        addend, beta = (z_nV, 0) if self.bias is None else (self.bias, scale)
-        return torch.addmm(addend, self.hidden_rows(rows), self.weight.t(), beta=beta, alpha=scale, out=z_nV, **kind)
+        if self.bias is None:
+            torch.mm(hidden_nD, self.weight.t(), out=target_nV, **kind)
+        else:
+            torch.addmm(self.bias, hidden_nD, self.weight.t(), out=target_nV, **kind)
+        return x_nV
+
+
+def padded(x_nD: Tensor, rows: int) -> Tensor:
+    """x with rows of zeros below, up to the given number."""
+    if len(x_nD) == rows:
+        return x_nD
+    return torch.cat([x_nD, x_nD.new_zeros(rows - len(x_nD), *x_nD.shape[1:])])
 
 
 class HeadGradients:
-    """dh, dW and db from dLoss/d(h W^T + b), chunk by chunk. dW and db add up in the wide type.
+    """dh, dW and db from dLoss/dx, chunk by chunk. dW and db add up in the wide type.
 
-    Products use `out=` or in-place forms only: autocast leaves those alone.
+    With weight=None, `into` may name the tensor that receives dx. Products use `out=` or in-place forms only: autocast
+    leaves those alone.
     """
 
-    def __init__(self, head: Head, need_hidden: bool, need_weight: bool, need_bias: bool) -> None:
+    def __init__(self, head: Head, need: list[bool], into: Tensor | None = None) -> None:
         self.head = head
         new, wide = head.hidden.new_empty, head.wide
-        self.hidden = new(head.hidden.shape) if need_hidden else None
+        need_hidden, need_weight, need_bias = need
+        self.hidden = (new(head.hidden.shape) if into is None else into) if need_hidden else None
         self.weight = head.weight.new_zeros(head.weight.shape, dtype=wide) if need_weight else None
         self.bias = new(head.V, dtype=wide).zero_() if need_bias else None
 
-    def add(self, rows: slice, dz_nV: Tensor) -> None:
-        """Account for dz of these rows; dz is read only."""
+    def target(self, rows: slice, x_nV: Tensor) -> Tensor:
+        """Where a kernel should write dx of these rows: the result itself, or the memory of x in the product's type."""
+        if self.head.weight is None:
+            return self.hidden[rows]
+        return x_nV.view(torch.bfloat16)[:, : self.head.V] if self.head.tensor_cores else x_nV
+
+    def add(self, rows: slice, dx_nV: Tensor) -> None:
+        """Account for dx of these rows; dx is read only."""
         head = self.head
-        if self.bias is not None:
-            self.bias.add_(dz_nV.sum(0))
         if head.weight is None:
-            if self.hidden is not None:
-                self.hidden[rows] = dz_nV
+            if self.hidden is not None and self.hidden[rows].data_ptr() != dx_nV.data_ptr():
+                self.hidden[rows] = dx_nV
             return
-        dz_nV = dz_nV.to(torch.bfloat16) if head.tensor_cores else dz_nV
+        if self.bias is not None:
+            self.bias.add_(dx_nV.sum(0, dtype=head.wide))
+        dx_nV = dx_nV.to(torch.bfloat16) if head.tensor_cores else dx_nV
         if self.hidden is not None:
-            target_nD = self.hidden[rows]
-            same = target_nD.dtype == dz_nV.dtype
-            product_nD = torch.mm(dz_nV, head.weight, out=target_nD if same else dz_nV.new_empty(target_nD.shape))
-            if not same:
-                target_nD.copy_(product_nD)
+            self._add_hidden(rows, dx_nV)
         if self.weight is not None:
             kind = {"out_dtype": head.wide} if head.tensor_cores else {}
-            torch.addmm(self.weight, dz_nV.t(), head.hidden_rows(rows), out=self.weight, **kind)
+            torch.addmm(self.weight, dx_nV.t(), head.hidden_rows(rows), out=self.weight, **kind)
+
+    def _add_hidden(self, rows: slice, dx_nV: Tensor) -> None:
+        target_nD, n = self.hidden[rows], len(dx_nV)
+        if self.head.fixed and n < self.head.n:  # the buffer goes on below the last row; what stands there is not used
+            dx_nV = dx_nV.as_strided((self.head.n, dx_nV.shape[1]), dx_nV.stride())
+        direct = len(dx_nV) == n and target_nD.dtype == dx_nV.dtype
+        product_nD = target_nD if direct else dx_nV.new_empty(len(dx_nV), target_nD.shape[1])
+        torch.mm(dx_nV, self.head.weight, out=product_nD)
+        if not direct:
+            target_nD.copy_(product_nD[:n])
 
     def result(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(dh, dW, db) in the dtypes of the given inputs; an empty tensor for each one that was not asked for."""

@@ -1,9 +1,9 @@
 """The candidate rule in one pass over the logits. Nothing of size [N, V] is kept or sorted.
 
-At most floor(1 / P_min) tokens can have probability >= P_min, and they are the most probable ones: a top-k of each row
-holds them all. What remains (the exact threshold, the cap, the forced sampled token, the order) works on [n, k].
+The row work finds the tokens that reach P_min; the rest of the rule (the cap, the forced sampled token, the order)
+works on [n, k].
 
-Shape letters: N rows, n rows of one chunk, V vocabulary, K candidate slots, k slots of the top-k.
+Shape letters: N rows, n rows of one chunk, V vocabulary, K candidate slots, k slots of the search.
 """
 
 import math
@@ -11,8 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from ipvrm_core.chunked.head import Head, wide_dtype
-from ipvrm_core.chunked.softmax import row_softmax_
+from ipvrm_core.chunked.head import wide_dtype
+from ipvrm_core.chunked.rows import row_work
+from ipvrm_core.chunked.transform import LogitTransform
 
 _NO_ID = torch.iinfo(torch.int64).max  # sorts behind every token id
 
@@ -23,7 +24,7 @@ def candidate_slots(p_min: float, vocabulary: int, top_k: int | None, keep_sampl
     return members, min((members if top_k is None else min(members, top_k)) + keep_sampled, vocabulary)
 
 
-@torch.library.custom_op("ipvrm::chunked_select_candidates", mutates_args=())
+@torch.library.custom_op("ipvrm::select_candidates", mutates_args=())
 def select_candidates(
     hidden: Tensor,
     weight: Tensor | None,
@@ -35,45 +36,60 @@ def select_candidates(
     top_k: int | None,
     keep_sampled: bool,
     temperature: float,
+    temperatures: Tensor | None,
+    softcap: float | None,
     max_buffer_bytes: int,
+    triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of types.Candidates: ids [N, K], log-probs [N, K], counts [N], sampled log-prob [N], entropy [N].
 
-    hidden [N, D], weight [V, D], bias [V]; with weight=None `hidden` is the logits [N, V]. sampled_ids [N] int64,
-    exclude [N] bool. The rule is that of reference.candidates. No gradient.
+    hidden [N, D], weight [V, D], bias [V]; with weight=None `hidden` is x [N, V]. sampled_ids [N] int64, exclude [N]
+    bool. The rule is that of reference.candidates. No gradient.
     """
-    head = Head(hidden, weight, bias, temperature, max_buffer_bytes)
-    k, K = candidate_slots(p_min, head.V, top_k, keep_sampled)
-    ids_NK = sampled_ids.new_empty(head.N, K)
-    logprobs_NK = hidden.new_empty(head.N, K, dtype=head.wide)
-    sampled_N, entropy_N = (hidden.new_empty(head.N, dtype=head.wide) for _ in range(2))
-    for rows, z_nV in head.chunks():
-        sampled_n1 = sampled_ids[rows, None]
-        # Ascending ids: the stable sorts below then resolve equal probabilities by the smaller id.
-        likely_nk = z_nV.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
-        softmax = row_softmax_(z_nV, head.scratch, torch.cat([likely_nk, sampled_n1], dim=1))
-        sampled_N[rows], entropy_N[rows] = softmax.logprobs_NK[:, k], softmax.entropy_N
-        logp_nk = softmax.logprobs_NK[:, :k]
-        member_nk = logp_nk > math.log(p_min) if strict else logp_nk >= math.log(p_min)
-        if top_k is not None:
-            best_nk = logp_nk.argsort(dim=-1, descending=True, stable=True)[:, :top_k]
-            member_nk = member_nk & torch.zeros_like(member_nk).scatter_(1, best_nk, True)
-        ids_nk = likely_nk.masked_fill(~member_nk, _NO_ID)
-        if keep_sampled:
-            present_n1 = (ids_nk == sampled_n1).any(-1, keepdim=True) | (sampled_n1 < 0)
-            ids_nk = torch.cat([ids_nk, sampled_n1.masked_fill(present_n1, _NO_ID)], dim=1)
-        if exclude is not None:
-            ids_nk = ids_nk.masked_fill(exclude[rows, None], _NO_ID)
-        ids_nk, order_nk = ids_nk.sort(dim=-1)
-        ids_NK[rows] = ids_nk[:, :K]
-        logprobs_NK[rows] = softmax.logprobs_NK.gather(1, order_nk[:, :K])
+    work = row_work(triton, hidden, weight, bias, LogitTransform(temperature, temperatures, softcap), max_buffer_bytes)
+    k, K = candidate_slots(p_min, work.head.V, top_k, keep_sampled)
+    N, wide = work.head.N, work.head.wide
+    ids_NK = sampled_ids.new_empty(N, K)
+    logprobs_NK = hidden.new_empty(N, K, dtype=wide)
+    sampled_N, entropy_N = (hidden.new_empty(N, dtype=wide) for _ in range(2))
+    for rows, x_nV in work.head.chunks():
+        ids_nk, logp_nk, sampled_N[rows], entropy_N[rows] = work.candidates(
+            rows, x_nV, sampled_ids[rows], k, p_min, strict
+        )
+        forced_n1 = sampled_ids[rows, None] if keep_sampled else None
+        ids_nk, logp_nk = _finish_rule(
+            ids_nk, logp_nk, top_k, forced_n1, sampled_N[rows], None if exclude is None else exclude[rows, None]
+        )
+        ids_NK[rows], logprobs_NK[rows] = ids_nk[:, :K], logp_nk[:, :K]
     padding_NK = ids_NK == _NO_ID
     ids_NK.masked_fill_(padding_NK, -1)
     return ids_NK, logprobs_NK.masked_fill_(padding_NK, 0.0), (~padding_NK).sum(-1), sampled_N, entropy_N
 
 
+def _finish_rule(
+    ids_nk: Tensor,
+    logp_nk: Tensor,
+    top_k: int | None,
+    forced_n1: Tensor | None,
+    sampled_n: Tensor,
+    exclude_n1: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The cap, the forced token, the exclusion; then ascending ids, with _NO_ID behind them."""
+    if top_k is not None:
+        # Ids ascend, so the stable sort resolves equal probabilities by the smaller id.
+        best_nk = logp_nk.masked_fill(ids_nk < 0, -math.inf).argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+        ids_nk = torch.full_like(ids_nk, -1).scatter_(1, best_nk, ids_nk.gather(1, best_nk))
+    if forced_n1 is not None:
+        present_n1 = (ids_nk == forced_n1).any(-1, keepdim=True)
+        ids_nk = torch.cat([ids_nk, forced_n1.masked_fill(present_n1, -1)], dim=1)
+        logp_nk = torch.cat([logp_nk, sampled_n[:, None]], dim=1)
+    absent_nk = ids_nk < 0 if exclude_n1 is None else (ids_nk < 0) | exclude_n1
+    ids_nk, order_nk = ids_nk.masked_fill(absent_nk, _NO_ID).sort(dim=-1)
+    return ids_nk, logp_nk.gather(1, order_nk)
+
+
 @select_candidates.register_fake
-def _(hidden, weight, bias, sampled_ids, exclude, p_min, strict, top_k, keep_sampled, temperature, max_buffer_bytes):
+def _(hidden, weight, bias, sampled_ids, exclude, p_min, strict, top_k, keep_sampled, *settings):
     N, V = hidden.shape[0], (hidden.shape[1] if weight is None else weight.shape[0])
     K = candidate_slots(p_min, V, top_k, keep_sampled)[1]
     ids_NK, counts_N = sampled_ids.new_empty(N, K), sampled_ids.new_empty(N)

@@ -54,19 +54,17 @@ def logit_gradient_(
     scratch_BV: Tensor,
     ids_NK: Tensor,
     c_NK: Tensor,
-    temperature: float,
     grad_lse_N: Tensor | None = None,
     grad_entropy_N: Tensor | None = None,
 ) -> Tensor:
-    """Equation (1) divided by T, i.e. dL/d(h W^T + b): [N, V], written over `softmax.exp_NV`. Equal ids add up."""
-    c_NK = c_NK.masked_fill(ids_NK < 0, 0.0) / temperature
+    """Equation (1), dL/dz [N, V], written over `softmax.exp_NV`. Equal ids add up."""
+    c_NK = c_NK.masked_fill(ids_NK < 0, 0.0)
     on_p_N = -c_NK.sum(-1)
     if grad_lse_N is not None:
-        on_p_N = on_p_N + grad_lse_N / temperature
+        on_p_N = on_p_N + grad_lse_N
     if grad_entropy_N is None:
         dz_NV = softmax.exp_NV.mul_(on_p_N[:, None] / softmax.sum_N1)
     else:
-        grad_entropy_N = grad_entropy_N / temperature
         on_p_N = on_p_N + grad_entropy_N * (softmax.sum_N1[:, 0].log() - softmax.entropy_N)
         dz_NV = _with_entropy_(softmax, scratch_BV, on_p_N[:, None], grad_entropy_N[:, None])
     # Slot by slot: on a GPU one scatter over all slots adds equal ids by atomics, in any order.

@@ -6,7 +6,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from ipvrm_core.objectives.base import Objective, RewardBatch
-from ipvrm_core.reference.reward_losses import Weighting, ipvrm_loss
+from ipvrm_core.ops.sequences import ipvrm_loss
+from ipvrm_core.reference.reward_losses import Weighting
 
 
 @dataclass(frozen=True)

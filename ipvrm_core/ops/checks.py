@@ -3,10 +3,17 @@
 Values are looked at on CPU only, where looking waits for no device, and not while torch.compile traces.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from torch import Tensor
 
 from ipvrm_core.chunked.head import default_buffer_bytes
+from ipvrm_core.chunked.transform import LogitTransform
+
+_check_values: ContextVar[bool] = ContextVar("ipvrm_check_values", default=False)
 
 
 def check_head(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[int, int]:
@@ -37,14 +44,25 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], V: int, lik
         letters = ", ".join("K" if size is None else f"N = {size}" for size in shape)
         raise ValueError(f"{name} must be int64 [{letters}]; got {ids.dtype}, shape {tuple(ids.shape)}")
     _check_device(name, ids, like)
-    if ids.device.type == "cpu" and not torch.compiler.is_compiling() and ids.numel() and ids.max() >= V:
+    if _readable(ids) and ids.max() >= V:
         raise ValueError(f"{name} must be below V = {V}; got {int(ids.max())}")
 
 
-def check_temperature(temperature: float) -> None:
-    """A positive number divides the logits."""
-    if not temperature > 0:
-        raise ValueError(f"temperature must be > 0; got {temperature}")
+def checked_transform(temperature: float | Tensor, softcap: float | None, N: int, like: Tensor) -> LogitTransform:
+    """A positive number, or a tensor [N] of them, divides the logits; a positive soft cap bounds them before."""
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap must be > 0 or None; got {softcap}")
+    if not isinstance(temperature, Tensor):
+        if not temperature > 0:
+            raise ValueError(f"temperature must be > 0; got {temperature}")
+        return LogitTransform(float(temperature), None, softcap)
+    if temperature.shape != (N,) or not temperature.is_floating_point():
+        given = f"{temperature.dtype}, shape {tuple(temperature.shape)}"
+        raise ValueError(f"temperature must be a number or floating point [N = {N}]; got {given}")
+    _check_device("temperature", temperature, like)
+    if _readable(temperature) and not (temperature > 0).all():
+        raise ValueError(f"temperature must be > 0; got {temperature.min().item()}")
+    return LogitTransform(1.0, temperature, softcap)
 
 
 def check_rule(rule: dict, N: int, like: Tensor) -> None:
@@ -67,6 +85,24 @@ def checked_budget(max_buffer_bytes: int | None, device: torch.device) -> int:
     if max_buffer_bytes < 1:
         raise ValueError(f"max_buffer_bytes must be >= 1 or None; got {max_buffer_bytes}")
     return max_buffer_bytes
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether looking at values is free, or asked for: on CPU, or anywhere inside `checked_values`."""
+    return bool(x.numel()) and not torch.compiler.is_compiling() and (x.device.type == "cpu" or _check_values.get())
+
+
+@contextmanager
+def checked_values() -> Iterator[None]:
+    """Inside this context the values of GPU tensors (ids, temperatures) are checked too; every check waits for the GPU.
+
+    Outside it an id >= V on a GPU is not reported: its log-probability, and with it the loss, comes out as NaN.
+    """
+    token = _check_values.set(True)
+    try:
+        yield
+    finally:
+        _check_values.reset(token)
 
 
 def _check_matrix(name: str, letters: str, x: Tensor) -> None:

@@ -1,11 +1,9 @@
 """The DistRL objective: the clipped policy loss on the sampled token and on its candidates."""
 
-import math
-from dataclasses import astuple, fields
-
 import torch
 from torch import Tensor
 
+from ipvrm_core.chunked.distrl_loss import DistrlLossInPlace, pack_batch, pack_config
 from ipvrm_core.chunked.distrl_loss import distrl_loss as chunked
 from ipvrm_core.ops import checks
 from ipvrm_core.ops.dispatch import resolve
@@ -26,9 +24,9 @@ def distrl_loss(
 ) -> PolicyLossOutput:
     """L = sum_t w_t l(rho_t(y_t), A_t) + alpha sum_t w'_t sum_{v in C_t} pi_old(v) l(rho_t(v), A_TD_t(v)) + ...
 
-    with l(rho, A) = -min(rho A, clip(rho) A) and pi = softmax((h W^T + b) / T); KL and entropy terms and all settings
-    are in PolicyLossConfig. hidden [N, D], weight [V, D], bias [V]; batch of N rows. Returns the loss (0-d, float32 or
-    float64) and the detached metrics of types.METRICS. N = 0: loss and metrics are 0, gradients are zeros.
+    with l(rho, A) = -min(rho A, clip(rho) A) and pi = softmax((h W^T + b) / T); KL and entropy terms, the soft cap and
+    all settings are in PolicyLossConfig. hidden [N, D], weight [V, D], bias [V]; batch of N rows. Returns the loss
+    (0-d, float32 or float64) and the detached metrics of types.METRICS. N = 0: all are 0, gradients are zeros.
 
     The gradient flows into hidden, weight and bias through `loss`, once (no second derivative), and is made in the
     forward: 2 products for a frozen weight, 3 with its gradient, 1 when nothing needs a gradient or under no_grad.
@@ -47,26 +45,41 @@ def distrl_loss_from_logits(
     batch: PolicyBatch,
     config: PolicyLossConfig | None = None,
     *,
+    inplace: bool = False,
     backend: str = "auto",
     max_buffer_bytes: int | None = None,
 ) -> PolicyLossOutput:
-    """`distrl_loss` of given logits [N, V], which stay as they are; the gradient is one [N, V] in their dtype."""
-    return _run(logits, None, None, batch, config, backend, max_buffer_bytes)
+    """`distrl_loss` of given logits [N, V]; the gradient is one [N, V] in their dtype.
+
+    inplace: the gradient takes the memory of the logits, which are lost in this call (where a gradient is wanted); the
+    backward works once. Nothing upstream may need the logits for its own backward; a linear head does not. Not with
+    backend 'reference'. float16: gradients below 6e-8 round to 0, and a later loss scale cannot bring them back.
+    """
+    return _run(logits, None, None, batch, config, backend, max_buffer_bytes, inplace)
 
 
-def _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes) -> PolicyLossOutput:
+def _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes, inplace=False) -> PolicyLossOutput:
     config = config or PolicyLossConfig()
     N, V = checks.check_head(hidden, weight, bias)
     checks.check_ids("sampled_ids_N", batch.sampled_ids_N, (N,), V, hidden)
     checks.check_ids("candidate_ids_NK", batch.candidate_ids_NK, (N, None), V, hidden)
     if config.kl_coef and batch.ref_logprobs_N is None:
         raise ValueError("kl_coef > 0 needs batch.ref_logprobs_N; got None")
+    if batch.temperatures_N is not None:
+        if config.temperature != 1:
+            raise ValueError(f"temperature must be 1 beside batch.temperatures_N; got {config.temperature}")
+        checks.checked_transform(batch.temperatures_N, None, N, hidden)
     budget = checks.checked_budget(max_buffer_bytes, hidden.device)
-    if resolve(backend, hidden.device) == "reference":
+    backend = resolve(backend, hidden, weight, bias)
+    if backend == "reference":
+        if inplace:
+            raise ValueError("inplace=True needs backend 'triton' or 'chunked'; got 'reference'")
         return reference(hidden if weight is None else head_logits(hidden, weight, bias), batch, config)
 
-    tensors = [getattr(batch, field.name) for field in fields(batch)]
-    settings = [math.inf if value is None else float(value) for value in astuple(config)]
     need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    loss, metrics_M, *_ = chunked(hidden, weight, bias, [x for x in tensors if x is not None], settings, budget, need)
+    settings = (pack_batch(batch), pack_config(config), budget, backend == "triton")
+    if inplace and need[0]:
+        loss, metrics_M = DistrlLossInPlace.apply(hidden, *settings)
+    else:
+        loss, metrics_M, *_ = chunked(hidden, weight, bias, *settings, need)
     return PolicyLossOutput(loss, dict(zip(METRICS, metrics_M.unbind(), strict=True)))

@@ -22,7 +22,8 @@ def select_candidates(
     keep_sampled: bool = False,
     exclude: Tensor | None = None,
     bias: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
     backend: str = "auto",
     max_buffer_bytes: int | None = None,
 ) -> Candidates:
@@ -33,7 +34,8 @@ def select_candidates(
     top_k if that is less, one more with keep_sampled, at most V. N = 0 gives empty results.
 
     strict: > instead of >=. top_k: only the k most probable members, the smaller id first among equals. keep_sampled:
-    the sampled token is a member whatever its probability. exclude [N] bool: rows with an empty set.
+    the sampled token is a member whatever its probability. exclude [N] bool: rows with an empty set. temperature: a
+    number, or one a row [N]; softcap c: the logits are first c tanh(x / c).
     Whether a probability within rounding of P_min is a member is decided here, once: store the set.
 
     max_buffer_bytes bounds the private [rows, V] buffers, one row at least; None is the device's default.
@@ -41,7 +43,7 @@ def select_candidates(
     CPU, for sampled_ids >= V. Source: the paper, section 3 of its method; the switches are those of its authors' code.
     """
     rule = {"p_min": p_min, "strict": strict, "top_k": top_k, "keep_sampled": keep_sampled, "exclude": exclude}
-    return _run(hidden, weight, bias, sampled_ids, rule, temperature, backend, max_buffer_bytes)
+    return _run(hidden, weight, bias, sampled_ids, rule, temperature, softcap, backend, max_buffer_bytes)
 
 
 def select_candidates_from_logits(
@@ -53,27 +55,29 @@ def select_candidates_from_logits(
     top_k: int | None = None,
     keep_sampled: bool = False,
     exclude: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
     backend: str = "auto",
     max_buffer_bytes: int | None = None,
 ) -> Candidates:
     """`select_candidates` of given logits [N, V]."""
     rule = {"p_min": p_min, "strict": strict, "top_k": top_k, "keep_sampled": keep_sampled, "exclude": exclude}
-    return _run(logits, None, None, sampled_ids, rule, temperature, backend, max_buffer_bytes)
+    return _run(logits, None, None, sampled_ids, rule, temperature, softcap, backend, max_buffer_bytes)
 
 
 @torch.no_grad()
-def _run(hidden, weight, bias, sampled_ids, rule, temperature, backend, max_buffer_bytes) -> Candidates:
+def _run(hidden, weight, bias, sampled_ids, rule, temperature, softcap, backend, max_buffer_bytes) -> Candidates:
     N, V = checks.check_head(hidden, weight, bias)
     checks.check_ids("sampled_ids", sampled_ids, (N,), V, hidden)
-    checks.check_temperature(temperature)
+    transform = checks.checked_transform(temperature, softcap, N, hidden)
     checks.check_rule(rule, N, hidden)
     budget = checks.checked_budget(max_buffer_bytes, hidden.device)
-    if resolve(backend, hidden.device) == "reference":
+    backend = resolve(backend, hidden, weight, bias)
+    if backend == "reference":
         logits = hidden if weight is None else head_logits(hidden, weight, bias)
-        rule = rule | {"exclude_N": rule["exclude"], "temperature": temperature}
+        rule = rule | {"exclude_N": rule["exclude"], "temperature": temperature, "softcap": softcap}
         del rule["exclude"]
         return reference(logits, sampled_ids, **rule)
-    return Candidates(
-        *chunked(hidden, weight, bias, sampled_ids, **rule, temperature=float(temperature), max_buffer_bytes=budget)
-    )
+    options = rule | transform._asdict() | {"max_buffer_bytes": budget, "triton": backend == "triton"}
+    options["temperatures"] = options.pop("temperatures_N")
+    return Candidates(*chunked(hidden, weight, bias, sampled_ids, **options))

@@ -3,15 +3,18 @@
 Shape letters: N packed response tokens, B sequences, K candidates, G prompts (groups are numbered 0..G-1).
 """
 
+from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ipvrm_core.packing import check_cu_seqlens
-from ipvrm_core.reference.segments import expand, segment_reverse_scan
+from ipvrm_core.reference import segments as torch_segments
+from ipvrm_core.reference.segments import moments_within
 
 SigmaForm = Literal["std_plus_eps", "floored_std"]
+Normalize = Literal["group", "batch"]
 
 
 def td_errors(rm_logprobs: Tensor, old_logprobs: Tensor, beta: float) -> Tensor:
@@ -65,34 +68,35 @@ def outcome_advantages(rewards_B: Tensor, groups_B: Tensor) -> Tensor:
     """
     if not rewards_B.is_floating_point():
         rewards_B = rewards_B.to(torch.float32)
-    mean_B, std_B = group_moments(rewards_B, groups_B)
+    mean_B, std_B = moments_within(rewards_B, groups_B)
     # Equal rewards are found by comparing them: the mean of equal floats may round, and the std is then tiny, not 0.
     index_B = groups_B.unique(return_inverse=True)[1]
     least_B = torch.zeros_like(rewards_B).scatter_reduce(0, index_B, rewards_B, "amin", include_self=False)[index_B]
-    uniform_B = group_moments(rewards_B - least_B, groups_B)[0] == 0
+    uniform_B = moments_within(rewards_B - least_B, groups_B)[0] == 0
     return torch.where(uniform_B, 0.0, (rewards_B - mean_B) / torch.where(uniform_B, 1.0, std_B))
 
 
-def group_moments(x_B: Tensor, groups_B: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and population std over each group, given back per element: [B], [B] -> [B], [B]."""
-    groups_B = groups_B.unique(return_inverse=True)[1]
-    size_G = groups_B.bincount().to(x_B.dtype)
-    mean_B = (torch.zeros_like(size_G).index_add(0, groups_B, x_B) / size_G)[groups_B]
-    variance_G = torch.zeros_like(size_G).index_add(0, groups_B, (x_B - mean_B).square()) / size_G
-    return mean_B, variance_G.sqrt()[groups_B]
-
-
-def group_normalize(x_N: Tensor, cu_seqlens: Tensor, groups_B: Tensor, eps: float = 1e-6) -> Tensor:
+def group_normalize(
+    x_N: Tensor, cu_seqlens: Tensor, groups_B: Tensor, eps: float = 1e-6, *, segments: ModuleType = torch_segments
+) -> Tensor:
     """(x - mean) / (std + eps) over all tokens of a prompt's rollouts, population std: [N] -> [N] (paper GAE)."""
     check_cu_seqlens(cu_seqlens, len(x_N))
-    mean_N, std_N = group_moments(x_N, expand(groups_B, cu_seqlens, len(x_N)))
+    check_groups(groups_B, cu_seqlens)
+    mean_N, std_N = segments.group_moments(x_N, cu_seqlens, groups_B)
     return (x_N - mean_N) / (std_N + eps)
 
 
-def gae(delta_N: Tensor, cu_seqlens: Tensor, gamma: float = 1.0, lam: float = 1.0) -> Tensor:
+def gae(
+    delta_N: Tensor,
+    cu_seqlens: Tensor,
+    gamma: float = 1.0,
+    lam: float = 1.0,
+    *,
+    segments: ModuleType = torch_segments,
+) -> Tensor:
     """A_t = sum_{i >= t} (gamma lambda)^(i - t) delta_i within the sequence: [N] -> [N]."""
     check_cu_seqlens(cu_seqlens, len(delta_N))
-    return segment_reverse_scan(delta_N, cu_seqlens, gamma * lam)
+    return segments.segment_reverse_scan(delta_N, cu_seqlens, gamma * lam)
 
 
 def whiten(x_N: Tensor, eps: float = 1e-8) -> Tensor:
@@ -108,10 +112,11 @@ def process_advantages(
     cu_seqlens: Tensor,
     groups_B: Tensor,
     *,
-    normalize: Literal["group", "batch"],
+    normalize: Normalize,
     sigma: Tensor | None = None,
     gamma: float = 1.0,
     lam: float = 1.0,
+    segments: ModuleType = torch_segments,
 ) -> Tensor:
     """A_GAE of the sampled tokens from their TD errors: [N] -> [N].
 
@@ -119,9 +124,18 @@ def process_advantages(
     over the batch. Add it to the outcome advantage with a coefficient (1.0 and 0.05 in the presets).
     """
     if normalize == "group":
-        return gae(group_normalize(delta_N, cu_seqlens, groups_B), cu_seqlens, gamma, lam)
+        normalised_N = group_normalize(delta_N, cu_seqlens, groups_B, segments=segments)
+        return gae(normalised_N, cu_seqlens, gamma, lam, segments=segments)
     if normalize == "batch":
         if sigma is None:
             raise ValueError("normalize='batch' needs sigma (see sigma_v); got None")
-        return whiten(gae((delta_N - delta_N.mean()) / sigma.to(delta_N.dtype), cu_seqlens, gamma, lam))
+        scaled_N = (delta_N - delta_N.mean()) / sigma.to(delta_N.dtype)
+        return whiten(gae(scaled_N, cu_seqlens, gamma, lam, segments=segments))
     raise ValueError(f"normalize must be 'group' or 'batch'; got {normalize!r}")
+
+
+def check_groups(groups_B: Tensor, cu_seqlens: Tensor) -> None:
+    """One integer a sequence."""
+    B = len(cu_seqlens) - 1
+    if groups_B.shape != (B,) or groups_B.is_floating_point():
+        raise ValueError(f"groups must be integers [B] = ({B},); got {groups_B.dtype}, shape {tuple(groups_B.shape)}")

@@ -31,7 +31,8 @@ def select_candidates_from_logits(
     top_k: int | None = None,
     keep_sampled: bool = False,
     exclude_N: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
 ) -> Candidates:
     """C_t = { v : pi_old(v | s_t) >= P_min } (paper section 3; strict: > P_min), and log pi_old on it.
 
@@ -40,7 +41,7 @@ def select_candidates_from_logits(
     response token in the `official` preset). K = `candidate_slots(...)`, at most V.
     """
     K = min(candidate_slots(p_min, top_k=top_k, keep_sampled=keep_sampled), logits_NV.shape[1])
-    logp_NV = log_softmax(logits_NV, temperature)
+    logp_NV = log_softmax(logits_NV, temperature, softcap)
     threshold = math.log(p_min)
     member_NV = logp_NV > threshold if strict else logp_NV >= threshold
     if top_k is not None:

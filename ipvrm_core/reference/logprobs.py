@@ -17,10 +17,17 @@ def head_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None = No
     return logits_NV if bias_V is None else logits_NV + bias_V.to(wide)
 
 
-def log_softmax(logits_NV: Tensor, temperature: float = 1.0) -> Tensor:
-    """log pi(v | s) = z_v / T - log sum_w exp(z_w / T): [N, V] -> [N, V], float32 or wider."""
-    wide = torch.promote_types(logits_NV.dtype, torch.float32)
-    return (logits_NV.to(wide) / temperature).log_softmax(-1)
+def scaled_logits(logits_NV: Tensor, temperature: float | Tensor = 1.0, softcap: float | None = None) -> Tensor:
+    """y_v / T with y = z, or y = c tanh(z / c) for a soft cap c: [N, V] -> [N, V], float32 or wider. T: one, or [N]."""
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    if softcap is not None:
+        logits_NV = softcap * torch.tanh(logits_NV / softcap)
+    return logits_NV / (temperature[:, None].to(logits_NV.dtype) if isinstance(temperature, Tensor) else temperature)
+
+
+def log_softmax(logits_NV: Tensor, temperature: float | Tensor = 1.0, softcap: float | None = None) -> Tensor:
+    """log pi(v | s) = l_v - log sum_w exp(l_w), l = `scaled_logits`: [N, V] -> [N, V], float32 or wider."""
+    return scaled_logits(logits_NV, temperature, softcap).log_softmax(-1)
 
 
 def gather_ids(logp_NV: Tensor, ids_NK: Tensor) -> Tensor:
@@ -35,11 +42,12 @@ def entropy(logp_NV: Tensor) -> Tensor:
     return -(p_NV * logp_NV.masked_fill(p_NV == 0, 0.0)).sum(-1)
 
 
-def logprobs_from_logits(logits_NV: Tensor, ids_NK: Tensor, *, temperature: float = 1.0) -> LogProbs:
+def logprobs_from_logits(
+    logits_NV: Tensor, ids_NK: Tensor, *, temperature: float | Tensor = 1.0, softcap: float | None = None
+) -> LogProbs:
     """log pi(id | s), LSE and entropy of every row. [N, V], [N, K] -> LogProbs([N, K], [N], [N])."""
-    logp_NV = log_softmax(logits_NV, temperature)
-    wide = logp_NV.dtype
-    lse_N = (logits_NV.to(wide) / temperature).logsumexp(-1)
+    scaled_NV = scaled_logits(logits_NV, temperature, softcap)
+    logp_NV, lse_N = scaled_NV.log_softmax(-1), scaled_NV.logsumexp(-1)
     return LogProbs(gather_ids(logp_NV, ids_NK), lse_N, entropy(logp_NV))
 
 
@@ -49,7 +57,9 @@ def linear_logprobs(
     ids_NK: Tensor,
     *,
     bias_V: Tensor | None = None,
-    temperature: float = 1.0,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
 ) -> LogProbs:
     """`logprobs_from_logits` of z = h W^T + b."""
-    return logprobs_from_logits(head_logits(hidden_ND, weight_VD, bias_V), ids_NK, temperature=temperature)
+    logits_NV = head_logits(hidden_ND, weight_VD, bias_V)
+    return logprobs_from_logits(logits_NV, ids_NK, temperature=temperature, softcap=softcap)

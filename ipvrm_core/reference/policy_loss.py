@@ -45,7 +45,8 @@ def distrl_loss_from_logits(
 ) -> PolicyLossOutput:
     """L above, with its gradient by autograd. logits [N, V]; batch rows [N]; K = 0 or alpha = 0 leaves L_tok."""
     config = config or PolicyLossConfig()
-    logp_NV = log_softmax(logits_NV, config.temperature)
+    temperature = config.temperature if batch.temperatures_N is None else batch.temperatures_N
+    logp_NV = log_softmax(logits_NV, temperature, config.softcap)
     wide = logp_NV.dtype
     token_w, candidate_w = batch.token_weights_N.to(wide), batch.candidate_weights_N.to(wide)
     live_N = token_w != 0  # rows masked out (weight 0) may hold anything: 0 * inf must not reach the sums

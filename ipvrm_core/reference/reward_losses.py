@@ -3,6 +3,7 @@
 Shape letters: N packed response tokens, B sequences, P pairs. All take q_t = log pi_phi - log pi_ref as `log_ratio_N`.
 """
 
+from types import ModuleType
 from typing import Literal
 
 import torch
@@ -10,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ipvrm_core.packing import check_cu_seqlens, lengths_of, positions
-from ipvrm_core.reference.segments import expand, segment_sum
+from ipvrm_core.reference import segments as torch_segments
+from ipvrm_core.reference.segments import expand
 from ipvrm_core.reference.values import mean_prefix_values
 
 Weighting = Literal["uniform", "early", "late"]
@@ -42,6 +44,7 @@ def ipvrm_loss(
     margin: float = 5.0,
     weighting: Weighting = "uniform",
     boundary_B: Tensor | None = None,
+    segments: ModuleType = torch_segments,
 ) -> Tensor:
     """loss_b = sum_t w_t softplus(-s (vbar_t + V(x)) + m), s = 2 r - 1: [B] (paper eq. 9; online eq. 15).
 
@@ -51,12 +54,12 @@ def ipvrm_loss(
     check_cu_seqlens(cu_seqlens, len(log_ratio_N))
     check_labels(labels_B, cu_seqlens)
     total = len(log_ratio_N)
-    value_N = mean_prefix_values(log_ratio_N, cu_seqlens, beta)
+    value_N = mean_prefix_values(log_ratio_N, cu_seqlens, beta, segments=segments)
     if boundary_B is not None:
         value_N = value_N + expand(boundary_B.to(value_N.dtype), cu_seqlens, total)
     sign_N = expand(2 * labels_B.to(value_N.dtype) - 1, cu_seqlens, total)
     weights_N = prefix_weights(cu_seqlens, total, weighting, value_N.dtype)
-    return segment_sum(weights_N * F.softplus(margin - sign_N * value_N), cu_seqlens)
+    return segments.segment_sum(weights_N * F.softplus(margin - sign_N * value_N), cu_seqlens)
 
 
 def difficulty_boundary(group_mean_B: Tensor) -> Tensor:
@@ -87,20 +90,34 @@ def dynamic_loss_weights(labels_B: Tensor, group_mean_B: Tensor, scale: Literal[
     return weights_B * mixed_B
 
 
-def implicit_prm_loss(log_ratio_N: Tensor, cu_seqlens: Tensor, labels_B: Tensor, *, beta: float = 0.05) -> Tensor:
+def implicit_prm_loss(
+    log_ratio_N: Tensor,
+    cu_seqlens: Tensor,
+    labels_B: Tensor,
+    *,
+    beta: float = 0.05,
+    segments: ModuleType = torch_segments,
+) -> Tensor:
     """loss_b = BCE-with-logits(beta sum_t q_t, r): [B] (Implicit PRM, cross-entropy form; also PRIME's online loss)."""
     check_cu_seqlens(cu_seqlens, len(log_ratio_N))
     check_labels(labels_B, cu_seqlens)
-    score_B = beta * segment_sum(log_ratio_N, cu_seqlens)
+    score_B = beta * segments.segment_sum(log_ratio_N, cu_seqlens)
     return F.binary_cross_entropy_with_logits(score_B, labels_B.to(score_B.dtype), reduction="none")
 
 
-def dpo_reward_loss(log_ratio_N: Tensor, cu_seqlens: Tensor, pairs_P2: Tensor, *, beta: float = 0.05) -> Tensor:
+def dpo_reward_loss(
+    log_ratio_N: Tensor,
+    cu_seqlens: Tensor,
+    pairs_P2: Tensor,
+    *,
+    beta: float = 0.05,
+    segments: ModuleType = torch_segments,
+) -> Tensor:
     """loss_p = -log sigmoid(beta (Q_w - Q_l)), Q = sum_t q_t: [P]. pairs_P2[p] = (winner, loser) sequence numbers."""
     check_cu_seqlens(cu_seqlens, len(log_ratio_N))
     if pairs_P2.dim() != 2 or pairs_P2.shape[1] != 2:
         raise ValueError(f"pairs must be [P, 2]; got shape {tuple(pairs_P2.shape)}")
-    score_B = segment_sum(log_ratio_N, cu_seqlens)
+    score_B = segments.segment_sum(log_ratio_N, cu_seqlens)
     return -F.logsigmoid(beta * (score_B[pairs_P2[:, 0]] - score_B[pairs_P2[:, 1]]))
 
 
@@ -108,5 +125,7 @@ def check_labels(labels_B: Tensor, cu_seqlens: Tensor) -> None:
     """[B] and, on CPU, every value in {0, 1}."""
     if labels_B.shape != (len(cu_seqlens) - 1,):
         raise ValueError(f"labels must be [B] = ({len(cu_seqlens) - 1},); got shape {tuple(labels_B.shape)}")
-    if labels_B.device.type == "cpu" and not ((labels_B == 0) | (labels_B == 1)).all():
+    if labels_B.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    if not ((labels_B == 0) | (labels_B == 1)).all():
         raise ValueError(f"labels must be 0 or 1; got {labels_B.unique().tolist()}")

@@ -1,7 +1,10 @@
-"""Sums and scans that stay inside a sequence of a packed batch.
+"""Sums and scans that stay inside a sequence of a packed batch, and moments over groups of sequences.
 
-All go through the padded form: each sequence's result then depends on its own tokens alone, to the last bit, whatever
-else is in the batch (a running sum over the packed vector minus offsets would not).
+Sums and scans go through the padded form: each sequence's result then depends on its own tokens alone, to the last
+bit, whatever else is in the batch (a running sum over the packed vector minus offsets would not).
+
+ops/segments.py has functions of the same names over the GPU kernels. What is built on them takes either module as
+`segments`, so that each formula is written once.
 """
 
 import torch
@@ -46,3 +49,17 @@ def segment_reverse_scan(x_N: Tensor, cu_seqlens: Tensor, decay: float = 1.0) ->
         columns.append(running_B)
     scanned_BT = torch.stack(columns[::-1], dim=1) if columns else padded_BT
     return _repack(scanned_BT, cu_seqlens)
+
+
+def group_moments(x_N: Tensor, cu_seqlens: Tensor, groups_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population std over all tokens of each token's group: [N] -> [N], [N]. groups_B: any integers."""
+    return moments_within(x_N, expand(groups_B, cu_seqlens, len(x_N)))
+
+
+def moments_within(x: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population std over each group, given back per element: [n], integers [n] -> [n], [n]."""
+    groups = groups.unique(return_inverse=True)[1]
+    size_G = groups.bincount().to(x.dtype)
+    mean = (torch.zeros_like(size_G).index_add(0, groups, x) / size_G)[groups]
+    variance_G = torch.zeros_like(size_G).index_add(0, groups, (x - mean).square()) / size_G
+    return mean, variance_G.sqrt()[groups]

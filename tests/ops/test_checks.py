@@ -42,6 +42,12 @@ IDS = torch.zeros(N, K, dtype=torch.int64)
         ({"ids": torch.zeros(N, K, dtype=torch.int32)}, "ids must be int64 .* got torch.int32"),
         ({"ids": torch.full((N, K), V)}, "ids must be below V = 11; got 11"),
         ({"temperature": 0.0}, "temperature must be > 0; got 0.0"),
+        (
+            {"temperature": torch.ones(3)},
+            r"temperature must be a number or .* \[N = 4\]; got torch.float32, shape \(3,\)",
+        ),
+        ({"temperature": torch.tensor([1.0, 1.0, -2.0, 1.0])}, "temperature must be > 0; got -2.0"),
+        ({"softcap": 0.0}, "softcap must be > 0 or None; got 0.0"),
         ({"max_buffer_bytes": 0}, "max_buffer_bytes must be >= 1 or None; got 0"),
         ({"backend": "cuda"}, "backend must be one of 'auto', 'triton', 'chunked', 'reference'; got 'cuda'"),
     ],
@@ -68,14 +74,14 @@ def test_linear_logprobs_refuses(head, change, message):
         ({"temperature": -1.0}, "temperature must be > 0; got -1.0"),
     ],
 )
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_select_candidates_refuses(head, change, message, backend):
     arguments = {"hidden": head[0], "weight": head[1], "sampled_ids": IDS[:, 0], "backend": backend} | change
     with pytest.raises(ValueError, match=message):
         ic.select_candidates(**arguments)
 
 
-@pytest.mark.parametrize("backend", ["chunked", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_distrl_loss_refuses(head, batch, backend):
     with pytest.raises(ValueError, match=r"kl_coef > 0 needs batch.ref_logprobs_N; got None"):
         ic.distrl_loss(*head, batch, ic.PolicyLossConfig(kl_coef=0.1), backend=backend)
@@ -87,6 +93,18 @@ def test_distrl_loss_refuses(head, batch, backend):
         ic.distrl_loss_from_logits(torch.zeros(N * V), batch, backend=backend)
 
 
+def test_two_temperatures_are_refused(head, batch):
+    with pytest.raises(ValueError, match=r"temperature must be 1 beside batch.temperatures_N; got 0.5"):
+        ic.distrl_loss(*head, replace(batch, temperatures_N=torch.ones(N)), ic.PolicyLossConfig(temperature=0.5))
+
+
+def test_the_reference_has_no_in_place_form(batch):
+    with pytest.raises(ValueError, match="inplace=True needs backend 'triton' or 'chunked'; got 'reference'"):
+        ic.distrl_loss_from_logits(torch.zeros(N, V), batch, inplace=True, backend="reference")
+
+
 def test_a_named_backend_that_cannot_run_says_why(head):
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot run: "):
-        ic.linear_logprobs(*head, IDS, backend="triton")
+    with pytest.raises(RuntimeError, match=r"backend 'triton' cannot run: .* an input is float64"):
+        ic.linear_logprobs(*(x.double() for x in head), IDS, backend="triton")
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run: the tensors are on meta"):
+        ic.linear_logprobs(*(x.to("meta") for x in (*head, IDS)), backend="triton")

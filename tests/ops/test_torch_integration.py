@@ -1,21 +1,23 @@
 """The chunked backend inside torch: operator checks, compilation, autocast, memory, second derivatives."""
 
-import math
-from dataclasses import astuple, fields
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ipvrm_core as ic
 from ipvrm_core.chunked.distrl_loss import distrl_loss as distrl_loss_op
-from ipvrm_core.chunked.head import Head, rows_per_chunk
+from ipvrm_core.chunked.distrl_loss import pack_batch, pack_config
+from ipvrm_core.chunked.head import rows_per_chunk
 from ipvrm_core.chunked.linear_logprobs import linear_logprobs as linear_logprobs_op
 from ipvrm_core.chunked.linear_logprobs import linear_logprobs_backward as backward_op
+from ipvrm_core.chunked.rows import TorchRows
 from ipvrm_core.chunked.select_candidates import select_candidates as select_candidates_op
+from ipvrm_core.chunked.transform import LogitTransform
+from ipvrm_core.ops.dispatch import why_no_triton
 
 N, D, V, K = 20, 6, 67, 3
-CONFIG = ic.PolicyLossConfig(dual_clip=3.0, temperature=0.7, kl_coef=0.1, entropy_coef=0.1)
+CONFIG = ic.PolicyLossConfig(dual_clip=3.0, temperature=0.7, softcap=9.0, kl_coef=0.1, entropy_coef=0.1)
+TRITON = why_no_triton(torch.empty(0)) is None  # `make test` runs this file a second time under the interpreter
 
 
 def inputs(dtype=torch.float32, weight_grad=True):
@@ -39,8 +41,7 @@ def inputs(dtype=torch.float32, weight_grad=True):
 
 
 def op_arguments(batch, need):
-    settings = [math.inf if value is None else float(value) for value in astuple(CONFIG)]
-    return [getattr(batch, field.name) for field in fields(batch)], settings, 2 * 4 * V * 7, need
+    return pack_batch(batch), pack_config(CONFIG), 2 * 4 * V * 7, TRITON, need
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -57,12 +58,14 @@ def test_opcheck(linear, bias):
     budget = 2 * 4 * V * 7
     torch.library.opcheck(distrl_loss_op, (*head, *op_arguments(batch, need)))
     torch.library.opcheck(distrl_loss_op, (*frozen, *op_arguments(batch, [False] * 3)))
-    torch.library.opcheck(linear_logprobs_op, (*head, batch.ids_NK, 0.7, budget))
+    settings = (0.7, None, 20.0, budget, TRITON)
+    torch.library.opcheck(linear_logprobs_op, (*head, batch.ids_NK, *settings))
+    _, _, *statistics = linear_logprobs_op(*frozen, batch.ids_NK, *settings)
     grads = (torch.randn(N, 1 + K), None, torch.randn(N))
-    torch.library.opcheck(backward_op, (*grads, *frozen, batch.ids_NK, 0.7, budget, need))
+    torch.library.opcheck(backward_op, (*grads, *statistics, *frozen, batch.ids_NK, *settings, need))
     exclude = torch.arange(N) % 2 == 0
-    rule = (0.1, False, 2, True, 0.7, budget)
-    torch.library.opcheck(select_candidates_op, (*frozen, batch.sampled_ids_N, exclude, *rule))
+    rule = (0.1, False, 2, True)
+    torch.library.opcheck(select_candidates_op, (*frozen, batch.sampled_ids_N, exclude, *rule, *settings))
 
 
 def all_functions(hidden, weight, batch):
@@ -157,10 +160,10 @@ def test_rows_per_chunk(n_rows, budget, expected):
 def test_buffers_fit_the_budget(rows):
     """Down to the smallest budget that holds a row of logits and a row of scratch."""
     budget = 4 * V * rows
-    head = Head(torch.randn(100, D), torch.randn(V, D), None, 1.0, budget)
-    chunks = [(rows, z.nbytes) for rows, z in head.chunks()]
+    work = TorchRows(torch.randn(100, D), torch.randn(V, D), None, LogitTransform(), budget)
+    chunks = [(rows, x.nbytes) for rows, x in work.head.chunks()]
     assert torch.cat([torch.arange(100)[rows] for rows, _ in chunks]).tolist() == list(range(100))
-    assert max(size for _, size in chunks) + head.scratch.nbytes <= budget
+    assert max(size for _, size in chunks) + work.scratch.nbytes <= budget
 
 
 def test_second_derivatives_are_refused():

@@ -1,0 +1,104 @@
+"""Log-probabilities at ids, LSE and entropy of every row, in one visit; TD errors when the old ones are given.
+
+    log p_k = (y_{id_k} - shift) / T - log s        delta_k = beta (log p_k - log p_old_k)
+
+Shape letters: N rows, V vocabulary, K ids a row.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ipvrm_core.kernels.launch import Launch, architecture_of, contiguous, row_launch
+from ipvrm_core.kernels.softmax import load_logits, row_softmax
+
+
+@triton.jit
+def row_logprobs_kernel(
+    p_x,
+    stride_x,
+    V,
+    K,
+    p_ids,
+    p_old,
+    p_temperature,
+    p_logprobs,
+    p_lse,
+    p_normalizer,
+    p_entropy,
+    inv_temperature,
+    cap,
+    beta,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr,
+    TD: tl.constexpr,
+):
+    i_n = tl.program_id(0).to(tl.int64)
+    p_row = p_x + i_n * stride_x
+    if ROW_TEMPERATURE:
+        inv_temperature = 1 / tl.load(p_temperature + i_n)
+    shift, log_sum, entropy, _ = row_softmax(p_row, V, inv_temperature, cap, BLOCK, 1, CAPPED)
+    tl.store(p_lse + i_n, shift * inv_temperature + log_sum)
+    tl.store(p_normalizer + 2 * i_n, shift)
+    tl.store(p_normalizer + 2 * i_n + 1, log_sum)
+    tl.store(p_entropy + i_n, entropy)
+    for start in range(0, K, BLOCK_K):
+        o_k = start + tl.arange(0, BLOCK_K)
+        ids = tl.load(p_ids + i_n * K + o_k, mask=o_k < K, other=-1)
+        y = load_logits(p_row, tl.where(ids >= 0, ids, V), V, cap, CAPPED)
+        logprobs = (y - shift) * inv_temperature - log_sum
+        if TD:
+            logprobs = beta * (logprobs - tl.load(p_old + i_n * K + o_k, mask=o_k < K, other=0.0).to(tl.float32))
+        # An id beyond V is an error that nobody checked: make it visible.
+        logprobs = tl.where(ids >= V, float("nan"), tl.where(ids >= 0, logprobs, 0.0))
+        tl.store(p_logprobs + i_n * K + o_k, logprobs, mask=o_k < K)
+
+
+def row_logprobs(
+    x_NV: Tensor,
+    ids_NK: Tensor,
+    *,
+    temperature: float = 1.0,
+    temperatures_N: Tensor | None = None,
+    softcap: float | None = None,
+    old_logprobs_NK: Tensor | None = None,
+    beta: float = 1.0,
+    launch: Launch | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(log p at ids [N, K], or delta if the old ones are given; LSE [N]; entropy [N]; (shift, log s) [N, 2]), float32.
+
+    x [N, V] of stride 1 within a row; ids [N, K] int64, < 0 is padding (0 comes out), >= V gives NaN.
+    """
+    N, V, K = *x_NV.shape, ids_NK.shape[1]
+    launch = launch or row_launch(architecture_of(x_NV.device), x_NV.element_size(), V)
+    logprobs_NK, lse_N, entropy_N, normalizer_N2 = (
+        torch.empty(shape, dtype=torch.float32, device=x_NV.device) for shape in ((N, K), (N,), (N,), (N, 2))
+    )
+    ids_NK, old_logprobs_NK, temperatures_N = contiguous(ids_NK, old_logprobs_NK, temperatures_N)
+    with torch.cuda.device_of(x_NV):
+        row_logprobs_kernel[(N,)](
+            x_NV,
+            x_NV.stride(0),
+            V,
+            K,
+            ids_NK,
+            old_logprobs_NK,
+            temperatures_N,
+            logprobs_NK,
+            lse_N,
+            normalizer_N2,
+            entropy_N,
+            1 / temperature,
+            softcap or 1.0,
+            beta,
+            BLOCK=launch.block,
+            BLOCK_K=min(64, triton.next_power_of_2(max(K, 1))),
+            CAPPED=softcap is not None,
+            ROW_TEMPERATURE=temperatures_N is not None,
+            TD=old_logprobs_NK is not None,
+            num_warps=launch.num_warps,
+        )
+    return logprobs_NK, lse_N, entropy_N, normalizer_N2

@@ -1,0 +1,200 @@
+"""The clipped policy loss of a row and its gradient, in one visit of the row's logits.
+
+    rho_k = exp(log p_k - log p_old_k)    l_k = -min(rho_k A_k, clip(rho_k) A_k)    c_k = dL/dlog p_k
+    dL/dl_v = sum_k c_k [v = id_k] - S p_v - e p_v (log p_v + H),    S = sum_k c_k,  e = -entropy_coef w
+
+Slot 0 is the sampled token with weight w, the others are the candidates with weight alpha w' p_old. Once the first
+sweep has log s, everything else of a row is a few numbers; the second sweep writes the gradient.
+Shape letters: N rows, V vocabulary, K slots a row (1 + candidates), M metrics.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ipvrm_core.kernels.launch import Launch, architecture_of, contiguous, row_launch
+from ipvrm_core.kernels.logit_gradient import overlapping, softmax_gradient
+from ipvrm_core.kernels.softmax import add_at_ids, load_logits, row_softmax
+
+METRICS = 8  # loss_sampled, loss_candidates, clip_fraction, candidate_clip_fraction, ratio, kl_old, kl_ref, entropy
+
+
+class Clip(NamedTuple):
+    """rho is clipped to [1 - low, 1 + high]; on negative advantages the loss is capped at dual |A|."""
+
+    low: float
+    high: float
+    dual: float  # inf: no cap
+
+
+@triton.jit
+def policy_rows_kernel(
+    p_x,
+    stride_x,
+    p_out,
+    stride_out,
+    V,
+    K,
+    p_ids,
+    p_old,
+    p_advantages,
+    p_weight,
+    p_candidate_weight,
+    p_ref,
+    p_temperature,
+    p_metrics,
+    inv_temperature,
+    cap,
+    alpha,
+    kl_coef,
+    entropy_coef,
+    low,
+    high,
+    dual,
+    candidate_low,
+    candidate_high,
+    candidate_dual,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    CAPPED: tl.constexpr,
+    ROW_TEMPERATURE: tl.constexpr,
+    REFERENCE: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    ENTROPY: tl.constexpr,
+    NARROWING: tl.constexpr,
+):
+    i_n = tl.program_id(0).to(tl.int64)
+    p_row = p_x + i_n * stride_x
+    o_block, o_k = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
+    if ROW_TEMPERATURE:
+        inv_temperature = 1 / tl.load(p_temperature + i_n)
+    weight, candidate_weight = tl.load(p_weight + i_n), tl.load(p_candidate_weight + i_n)
+
+    # A masked row is not read at all: its loops have no columns, and what they leave undefined is overwritten.
+    live = (weight != 0) | (candidate_weight != 0)
+    shift, log_sum, entropy, _ = row_softmax(p_row, tl.where(live, V, 0), inv_temperature, cap, BLOCK, 1, CAPPED)
+    shift, log_sum = tl.where(live, shift, 0.0), tl.where(live, log_sum, 0.0)
+
+    ids = tl.load(p_ids + i_n * K + o_k, mask=o_k < K, other=-1)
+    sampled = o_k == 0
+    slot_weight = tl.where(sampled, weight, candidate_weight)
+    valid = (sampled | (ids >= 0)) & (slot_weight != 0)
+    old = tl.load(p_old + i_n * K + o_k, mask=valid & (o_k < K), other=0.0)
+    advantage = tl.load(p_advantages + i_n * K + o_k, mask=valid & (o_k < K), other=0.0)
+    logp = (load_logits(p_row, tl.where(ids >= 0, ids, V), V, cap, CAPPED) - shift) * inv_temperature - log_sum
+    # An id beyond V is an error that nobody checked: make it visible.
+    logp = tl.where(ids >= V, float("nan"), tl.where(ids >= 0, logp, 0.0))
+    log_ratio = tl.where(valid, logp - old, 0.0)
+    ratio = tl.exp(log_ratio)
+    mass = tl.where(valid, slot_weight * tl.where(sampled, 1.0, tl.exp(old)), 0.0)
+
+    # -min over the two branches: only a ratio beyond the bound on the side A pushes to is clipped.
+    up = advantage > 0
+    bound = tl.where(up, 1 + tl.where(sampled, high, candidate_high), 1 - tl.where(sampled, low, candidate_low))
+    clipped = tl.where(up, ratio > bound, ratio < bound) & (advantage != 0)
+    cap_ratio = tl.where(sampled, dual, candidate_dual)
+    over = (advantage < 0) & (ratio > cap_ratio)
+    bound, clipped = tl.where(over, cap_ratio, bound), clipped | over
+    loss = mass * tl.where(clipped, -bound * advantage, -ratio * advantage)
+    c = tl.where(clipped, 0.0, mass * -ratio * advantage) * tl.where(sampled, 1.0, alpha)
+
+    kl_ref = tl.zeros([], tl.float32)
+    if REFERENCE:
+        log_ref = tl.load(p_ref + i_n, mask=weight != 0, other=0.0) - tl.sum(tl.where(sampled & valid, logp, 0.0), 0)
+        log_ref = tl.where(weight != 0, log_ref, 0.0)
+        kl_ref = weight * (tl.exp(log_ref) - 1 - log_ref)
+        c += tl.where(sampled, kl_coef * weight * (1 - tl.exp(log_ref)), 0.0)
+
+    p_m = p_metrics + i_n * 8
+    tl.store(p_m + 0, tl.sum(tl.where(sampled, loss, 0.0), 0))
+    tl.store(p_m + 1, tl.sum(tl.where(sampled, 0.0, loss), 0))
+    tl.store(p_m + 2, tl.sum(tl.where(sampled & clipped, mass, 0.0), 0))
+    tl.store(p_m + 3, tl.sum(tl.where(~sampled & clipped, mass, 0.0), 0))
+    tl.store(p_m + 4, tl.sum(tl.where(sampled, mass * ratio, 0.0), 0))
+    tl.store(p_m + 5, tl.sum(tl.where(sampled, mass * (ratio - 1 - log_ratio), 0.0), 0))
+    tl.store(p_m + 6, kl_ref)
+    tl.store(p_m + 7, tl.where(weight != 0, weight * entropy, 0.0))
+
+    if GRADIENT:
+        c = tl.where(ids >= 0, c, 0.0)
+        e = -entropy_coef * weight
+        # A row without any coefficient (masked, or clipped in both branches) is written as zeros without a read.
+        quiet = (tl.sum(tl.abs(c), 0) == 0) & (e == 0)
+        V_read = tl.where(quiet, 0, V)
+        on_p = -tl.sum(c, 0)
+        entropy = tl.where(e != 0, entropy, 0.0)
+        for start in range(0, V, BLOCK):
+            o_v = start + o_block
+            y = load_logits(p_row, o_v, V_read, cap, CAPPED)
+            d = softmax_gradient(y, shift, log_sum, inv_temperature, on_p, e, entropy, ENTROPY)
+            d = add_at_ids(d, o_v, start, ids, c, o_k, BLOCK, BLOCK_K) * inv_temperature
+            if CAPPED:
+                d *= tl.where(o_v < V_read, 1 - (y / cap) * (y / cap), 0.0)
+            if NARROWING:
+                tl.debug_barrier()  # the narrower row is written over logits that other threads are still to read
+            tl.store(p_out + i_n * stride_out + o_v, d, mask=o_v < V)
+
+
+def policy_rows(
+    x_NV: Tensor,
+    out_NV: Tensor | None,
+    ids_NK: Tensor,
+    old_logprobs_NK: Tensor,
+    advantages_NK: Tensor,
+    weights_N: Tensor,
+    candidate_weights_N: Tensor,
+    ref_logprobs_N: Tensor | None,
+    *,
+    alpha: float,
+    clip: Clip,
+    candidate_clip: Clip,
+    kl_coef: float = 0.0,
+    entropy_coef: float = 0.0,
+    temperature: float = 1.0,
+    temperatures_N: Tensor | None = None,
+    softcap: float | None = None,
+    launch: Launch | None = None,
+) -> Tensor:
+    """Weighted metrics [N, 8] float32; dL/dx is written into `out` [N, V] unless that is None.
+
+    x, out: rows of stride 1; `out` may be x itself or its memory in a narrower type. ids [N, K] int64, slot 0 the
+    sampled token, < 0 padding, >= V gives NaN. Everything else float32; values under padding or weight 0 are not read.
+    """
+    (N, V), K = x_NV.shape, ids_NK.shape[1]
+    launch = launch or row_launch(architecture_of(x_NV.device), x_NV.element_size(), V)
+    metrics_NM = torch.empty(N, METRICS, dtype=torch.float32, device=x_NV.device)
+    slots = contiguous(ids_NK, old_logprobs_NK, advantages_NK)
+    vectors = contiguous(weights_N, candidate_weights_N, ref_logprobs_N, temperatures_N)
+    target_NV = x_NV if out_NV is None else out_NV
+    with torch.cuda.device_of(x_NV):
+        policy_rows_kernel[(N,)](
+            x_NV,
+            x_NV.stride(0),
+            target_NV,
+            target_NV.stride(0),
+            V,
+            K,
+            *slots,
+            *vectors,
+            metrics_NM,
+            1 / temperature,
+            softcap or 1.0,
+            alpha,
+            kl_coef,
+            entropy_coef,
+            *clip,
+            *candidate_clip,
+            BLOCK=launch.block,
+            BLOCK_K=triton.next_power_of_2(K),
+            CAPPED=softcap is not None,
+            ROW_TEMPERATURE=temperatures_N is not None,
+            REFERENCE=ref_logprobs_N is not None,
+            GRADIENT=out_NV is not None,
+            ENTROPY=entropy_coef != 0,
+            NARROWING=out_NV is not None and overlapping(x_NV, out_NV),
+            num_warps=launch.num_warps,
+        )
+    return metrics_NM

@@ -1,0 +1,14 @@
+"""With a GPU every tensor of these tests is made on it, and the default backend is triton."""
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def default_device():
+    if not torch.cuda.is_available():
+        yield
+        return
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device("cpu")
