@@ -172,7 +172,8 @@ def test_more_masked_tokens_and_more_padded_slots_change_nothing(aggregation, se
     expected = evaluate(world.hidden, world.weight, world.weighted(world.totals(), aggregation), config)
     other = make_world(seed + 1, [extra])
     other.mask[:] = False
-    batch = {name: torch.cat([getattr(world.batch, name), getattr(other.batch, name)]) for name in vars(world.batch)}
+    given = [name for name, value in vars(world.batch).items() if value is not None]
+    batch = {name: torch.cat([getattr(world.batch, name), getattr(other.batch, name)]) for name in given}
     for name, fill in (("ids", -1), ("old_logprobs", 0.0), ("advantages", 3.0)):
         name = f"candidate_{name}_NK"
         batch[name] = torch.cat([batch[name], batch[name].new_full((len(batch[name]), extra), fill)], dim=1)
