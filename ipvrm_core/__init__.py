@@ -19,8 +19,10 @@ _EXPORTS = {
     "logprobs_from_logits": "ops.linear_logprobs",
     "select_candidates": "ops.select_candidates",
     "select_candidates_from_logits": "ops.select_candidates",
+    "linear_td_errors": "ops.td_errors",
     "distrl_loss": "ops.distrl_loss",
     "distrl_loss_from_logits": "ops.distrl_loss",
+    "checked_values": "ops.checks",
     # plain data
     "Candidates": "types",
     "LogProbs": "types",

@@ -51,7 +51,8 @@ def row_logprobs_kernel(
         y = load_logits(p_row, tl.where(ids >= 0, ids, V), V, cap, CAPPED)
         logprobs = (y - shift) * inv_temperature - log_sum
         if TD:
-            logprobs = beta * (logprobs - tl.load(p_old + i_n * K + o_k, mask=o_k < K, other=0.0).to(tl.float32))
+            old = tl.load(p_old + i_n * K + o_k, mask=(o_k < K) & (ids >= 0), other=0.0).to(tl.float32)
+            logprobs = beta * (logprobs - old)
         # An id beyond V is an error that nobody checked: make it visible.
         logprobs = tl.where(ids >= V, float("nan"), tl.where(ids >= 0, logprobs, 0.0))
         tl.store(p_logprobs + i_n * K + o_k, logprobs, mask=o_k < K)

@@ -452,7 +452,10 @@ class _Table(torch.nn.Module):
     """A language model by hand: the next token's logits are a function of the last character and the position."""
 
     def __init__(self, experiment, logits_of):
+        from transformers import PretrainedConfig
+
         super().__init__()
+        self.config = PretrainedConfig()
         self.experiment, self.logits_of = experiment, logits_of
         self.head = torch.nn.Linear(len(experiment.tokenizer), len(experiment.tokenizer), bias=False)
         with torch.no_grad():

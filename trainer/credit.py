@@ -13,13 +13,12 @@ from ipvrm_core import (
     center_on_candidates,
     difficulty_boundary,
     dynamic_loss_weights,
-    linear_logprobs,
+    linear_td_errors,
     outcome_advantages,
     prefix_values,
     process_advantages,
     select_candidates,
     sigma_v,
-    td_errors,
     value_moments,
 )
 from ipvrm_core.objectives import Objective
@@ -64,12 +63,10 @@ def assign(
     if reward_model is None:
         return Credit(old.cu_seqlens, old.logprobs_N, advantages_N, None, None, None, old.numbers)
 
-    rm_sampled_N, rm_NK = _score(experiment, reward_model, batch, old.candidates)
+    delta_N, delta_NK = _td_errors(experiment, reward_model, batch, old, objective.beta)
     last_N = torch.zeros(total, dtype=torch.bool, device=advantages_N.device)
     last_N[old.cu_seqlens[1:] - 1] = True
-    values_N = prefix_values(rm_sampled_N - old.logprobs_N, old.cu_seqlens, objective.beta)
-    delta_N = td_errors(rm_sampled_N, old.logprobs_N, objective.beta)
-    delta_NK = td_errors(rm_NK, old.candidates.logprobs_NK, objective.beta)
+    values_N = prefix_values(delta_N, old.cu_seqlens, beta=1.0)  # beta is in delta already
     if preset.candidate_baseline == "mean":
         delta_NK = center_on_candidates(delta_NK, old.candidates.ids_NK, old.candidates.logprobs_NK)
     if preset.skip_last_token:
@@ -129,17 +126,17 @@ def old_policy(experiment: Experiment, model: nn.Module, preset: Preset, batch: 
     cu_seqlens = cu_seqlens_from_lengths(lengths_B)
     last_N = torch.zeros(int(lengths_B.sum()), dtype=torch.bool, device=experiment.device)
     last_N[cu_seqlens[1:] - 1] = True
-    weight, bias = head_of(model)
+    head = head_of(model)
 
     def function(hidden_ND, tokens, rows):
         return select_candidates(
             hidden_ND,
-            weight,
+            head.weight,
             tokens.targets_N,
             **preset.candidate_rule(),
             exclude=last_N[rows] if preset.skip_last_token else None,
-            bias=bias,
             temperature=experiment.config.generation.temperature,
+            **head.options,
         )
 
     candidates = Candidates(*map_rows(model, batch.answers, experiment.config.micro_batch_tokens, function))
@@ -153,18 +150,21 @@ def old_policy(experiment: Experiment, model: nn.Module, preset: Preset, batch: 
     return OldPolicy(cu_seqlens, candidates.sampled_logprobs_N, candidates, numbers)
 
 
-def _score(experiment: Experiment, model: nn.Module, batch: Collected, candidates: Candidates) -> tuple[Tensor, Tensor]:
-    """log pi_phi of the sampled tokens [N] and of the candidates [N, K], in one pass of the reward model."""
-    weight, bias = head_of(model)
-    temperature = experiment.config.generation.temperature
+def _td_errors(
+    experiment: Experiment, model: nn.Module, batch: Collected, old: OldPolicy, beta: float
+) -> tuple[Tensor, Tensor]:
+    """delta of the sampled tokens [N] and of the candidates [N, K], in one pass of the reward model."""
+    head, temperature = head_of(model), experiment.config.generation.temperature
+    old_NK = torch.cat([old.logprobs_N[:, None], old.candidates.logprobs_NK], dim=1)
 
     def function(hidden_ND, tokens, rows):
-        ids_NK = torch.cat([tokens.targets_N[:, None], candidates.ids_NK[rows]], dim=1)
-        return (linear_logprobs(hidden_ND, weight, ids_NK, bias=bias, temperature=temperature).logprobs_NK,)
+        ids_NK = torch.cat([tokens.targets_N[:, None], old.candidates.ids_NK[rows]], dim=1)
+        options = {"temperature": temperature, **head.options}
+        return (linear_td_errors(hidden_ND, head.weight, ids_NK, old_NK[rows], beta, **options),)
 
     model.eval()
-    logprobs_NK = map_rows(model, batch.answers, experiment.config.micro_batch_tokens, function)[0]
-    return logprobs_NK[:, 0], logprobs_NK[:, 1:]
+    delta_NK = map_rows(model, batch.answers, experiment.config.micro_batch_tokens, function)[0]
+    return delta_NK[:, 0], delta_NK[:, 1:]
 
 
 def update_reward_model(

@@ -1,6 +1,7 @@
 """Models and tokenizers: load or make them, reach hidden states and head, save them as Hugging Face folders."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -114,10 +115,25 @@ def causal_lm(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def head_of(model: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(weight [V, D], bias [V] or None) of the output head."""
-    head = causal_lm(model).get_output_embeddings()
-    return head.weight, getattr(head, "bias", None)
+class OutputHead(NamedTuple):
+    """logits = h W^T + b, then softcap * tanh(logits / softcap) where the model has a soft cap (Gemma 2)."""
+
+    weight: Tensor
+    bias: Tensor | None
+    softcap: float | None
+
+    @property
+    def options(self) -> dict:
+        """The arguments of `linear_logprobs` and its like, besides the weight."""
+        return {"bias": self.bias, "softcap": self.softcap}
+
+
+def head_of(model: nn.Module) -> OutputHead:
+    """The output head of a causal language model."""
+    model = causal_lm(model)
+    head = model.get_output_embeddings()
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
+    return OutputHead(head.weight, getattr(head, "bias", None), softcap)
 
 
 def hidden_states(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
@@ -128,23 +144,23 @@ def hidden_states(model: nn.Module, ids: Tensor, mask: Tensor) -> Tensor:
 
 @torch.no_grad()
 def check_head(model: nn.Module) -> None:
-    """ValueError unless logits = hidden W^T + b: some architectures scale or cap them, which would silently be lost."""
+    """ValueError unless the logits are those of `head_of`: some architectures scale them, which would be lost."""
     device = next(model.parameters()).device
     ids = torch.arange(4, device=device)[None]
     was_training = model.training
     model.eval()
     expected = causal_lm(model)(input_ids=ids).logits[0].float().log_softmax(-1)[:, :8]
     hidden = hidden_states(model, ids, torch.ones_like(ids))[0]
-    weight, bias = head_of(model)
+    head = head_of(model)
     columns = torch.arange(8, device=device).expand(4, 8)
-    ours = linear_logprobs(hidden, weight, columns, bias=bias).logprobs_NK
+    ours = linear_logprobs(hidden, head.weight, columns, **head.options).logprobs_NK
     model.train(was_training)
-    tolerance = 1e-3 if expected.dtype == weight.dtype else 0.1  # the model's own logits are rounded to bfloat16
+    tolerance = 1e-3 if expected.dtype == head.weight.dtype else 0.1  # the model's own logits are rounded to bfloat16
     worst = (ours - expected).abs().max().item()
     if worst > tolerance:
         raise ValueError(
-            f"{type(causal_lm(model)).__name__} does more than hidden @ weight.T in its head (log-probs differ by "
-            f"{worst:.3g}): logit scaling and soft-capping are not supported"
+            f"{type(causal_lm(model)).__name__} does more in its head than hidden @ weight.T + bias and a soft cap "
+            f"(log-probs differ by {worst:.3g}): logit scaling is not supported"
         )
 
 

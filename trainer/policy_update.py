@@ -4,6 +4,7 @@ Shape letters: N packed response tokens of a minibatch, K candidates.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -81,7 +82,8 @@ def _one_step(
     bounds = credit.cu_seqlens.tolist()
     rows_N = torch.cat([torch.arange(bounds[b], bounds[b + 1]) for b in index]).to(experiment.device)
     policy_batch = make_policy_batch(preset, credit, answers, rows_N, ref_logprobs_N)
-    weight, bias = head_of(model)
+    head = head_of(model)
+    loss_config = replace(loss_config, softcap=head.softcap)
     sums: dict[str, Tensor] = {}
     row = 0
     for part in micro_batches(answers, experiment.config.micro_batch_tokens):
@@ -90,7 +92,7 @@ def _one_step(
         row = rows.stop
         with experiment.accelerator.autocast():
             hidden = response_hidden(model, tokens)
-        loss, metrics = distrl_loss(hidden, weight, policy_batch.rows(rows), loss_config, bias=bias)
+        loss, metrics = distrl_loss(hidden, head.weight, policy_batch.rows(rows), loss_config, bias=head.bias)
         experiment.accelerator.backward(loss)
         metrics = {"loss": loss.detach(), **metrics}
         sums = {name: sums[name] + value if sums else value for name, value in metrics.items()}

@@ -19,12 +19,13 @@ def sampled_logprobs(experiment: Experiment, model: nn.Module, answers: Sequence
 
 
 def _logprobs(experiment: Experiment, model: nn.Module):
-    weight, bias = head_of(model)
+    head = head_of(model)
     temperature = experiment.config.generation.temperature
 
     def function(hidden_ND: Tensor, batch: TokenBatch, _=None) -> tuple[Tensor]:
         ids_N1 = batch.targets_N[:, None]
-        return (linear_logprobs(hidden_ND, weight, ids_N1, bias=bias, temperature=temperature).logprobs_NK[:, 0],)
+        found = linear_logprobs(hidden_ND, head.weight, ids_N1, temperature=temperature, **head.options)
+        return (found.logprobs_NK[:, 0],)
 
     return function
 

@@ -50,6 +50,10 @@ class TorchRows:
         nothing_n2 = softmax.lse_N.new_zeros(len(x_nV), 2)
         return softmax.logprobs_NK, softmax.lse_N, softmax.entropy_N, nothing_n2
 
+    def td_errors(self, rows: slice, x_nV: Tensor, ids_nK: Tensor, old_nK: Tensor, beta: float) -> Tensor:
+        """beta (log p - old) at ids [n, K], 0 at padding."""
+        return beta * (self.logprobs(rows, x_nV, ids_nK)[0] - old_nK).masked_fill(ids_nK < 0, 0.0)
+
     def logprobs_gradient(
         self,
         rows: slice,

@@ -46,6 +46,9 @@ class TritonRows:
     def logprobs(self, rows: slice, x_nV: Tensor, ids_nK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return row_logprobs(x_nV, ids_nK, **self._options(rows))
 
+    def td_errors(self, rows: slice, x_nV: Tensor, ids_nK: Tensor, old_nK: Tensor, beta: float) -> Tensor:
+        return row_logprobs(x_nV, ids_nK, old_logprobs_NK=old_nK, beta=beta, **self._options(rows))[0]
+
     def logprobs_gradient(
         self,
         rows: slice,

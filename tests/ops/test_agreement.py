@@ -4,16 +4,22 @@
 all of it runs on the GPU (conftest.py).
 """
 
+import math
 from dataclasses import fields, replace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import ipvrm_core as ic
+from ipvrm_core.ops.dispatch import why_no_triton
+from ipvrm_core.reference import logprobs as ref_logprobs
 from tests.ops.problems import (
     CONFIGS,
     DTYPES,
     SHAPES,
+    TOLERANCE,
+    assert_no_worse,
     check_logprobs,
     check_loss,
     logprobs_and_gradients,
@@ -36,6 +42,24 @@ def test_a_temperature_for_every_row(softcap, dtype):
     problem = make_problem(*SHAPES[0], dtype=dtype, temperature="rows", softcap=softcap)
     check_loss(problem, ic.PolicyLossConfig(softcap=softcap, entropy_coef=0.2), max_buffer_bytes=16 * 101 * 8)
     check_logprobs(problem, problem.batch.temperatures_N, softcap=softcap, max_buffer_bytes=16 * 101 * 8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_td_errors(dtype):
+    """beta = 10 times a difference of log-probs, from the model's own products; 0 at padding, whatever stands there."""
+    problem = make_problem(*SHAPES[0], dtype=dtype, bias=True)
+    ids, wide = problem.batch.ids_NK, problem.to(torch.float64)
+    old = torch.randn(ids.shape).masked_fill(ids < 0, math.inf)
+    heads = [(x.hidden, x.weight, x.bias) for x in (problem, wide)]
+    options = {"temperature": 0.7, "softcap": 6.0, "max_buffer_bytes": 16 * 101 * 8}
+    ours = ic.linear_td_errors(*heads[0][:2], ids, old, 10.0, bias=heads[0][2], **options)
+    truth = ic.linear_td_errors(*heads[1][:2], ids, old, 10.0, bias=heads[1][2], backend="reference", **options)
+    logits = F.linear(*heads[0])
+    same = ref_logprobs.logprobs_from_logits(logits, ids, temperature=0.7, softcap=6.0).logprobs_NK
+    naive = (10.0 * (same - old)).masked_fill(ids < 0, 0.0)
+    assert (ours[ids < 0] == 0).all()
+    assert not ours.requires_grad
+    assert_no_worse([ours], [naive], [truth], TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -177,6 +201,24 @@ def test_a_row_does_not_depend_on_the_other_rows():
     first, second = (ic.linear_logprobs(h, problem.weight, problem.batch.ids_NK) for h in (problem.hidden, other))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a[0], b[0])
+
+
+@pytest.mark.skipif(why_no_triton(torch.empty(0)) is not None, reason="the chunks of torch rows depend on N")
+def test_a_row_does_not_depend_on_the_size_of_the_batch():
+    """Chunks have one padded shape: alone, in a full batch or in its last chunk, a row has the same bits."""
+    problem = make_problem(40, 16, 301, 5)
+    options = {"max_buffer_bytes": 4 * 301 * 7}
+    config = ic.PolicyLossConfig(entropy_coef=0.1)
+
+    def run(rows):
+        hidden = problem.hidden.detach()[rows].requires_grad_()
+        found = ic.linear_logprobs(hidden, problem.weight.detach(), problem.batch.ids_NK[rows], **options)
+        loss = ic.distrl_loss(hidden, problem.weight.detach(), problem.batch.rows(rows), config, **options).loss
+        return [*found, *torch.autograd.grad(loss, hidden)]
+
+    whole = run(slice(0, 40))
+    for rows in (slice(0, 1), slice(5, 6), slice(39, 40), slice(3, 22)):
+        assert all(torch.equal(part, full[rows]) for part, full in zip(run(rows), whole, strict=True))
 
 
 def test_pieces_add_up_to_the_whole():

@@ -93,6 +93,19 @@ def test_distrl_loss_refuses(head, batch, backend):
         ic.distrl_loss_from_logits(torch.zeros(N * V), batch, backend=backend)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="values on a CPU are always checked")
+def test_values_on_a_gpu_are_checked_on_demand(head):
+    too_large = torch.full((N, K), V)
+    assert ic.linear_logprobs(*head, too_large).logprobs_NK.isnan().all()
+    with ic.checked_values(), pytest.raises(ValueError, match="ids must be below V = 11; got 11"):
+        ic.linear_logprobs(*head, too_large)
+
+
+def test_td_errors_refuse(head):
+    with pytest.raises(ValueError, match=r"old_logprobs must be floating point \[N, K\] = \(4, 2\); got .* \(4, 3\)"):
+        ic.linear_td_errors(*head, IDS, torch.zeros(N, 3), 10.0)
+
+
 def test_two_temperatures_are_refused(head, batch):
     with pytest.raises(ValueError, match=r"temperature must be 1 beside batch.temperatures_N; got 0.5"):
         ic.distrl_loss(*head, replace(batch, temperatures_N=torch.ones(N)), ic.PolicyLossConfig(temperature=0.5))

@@ -12,6 +12,7 @@ from ipvrm_core.chunked.linear_logprobs import linear_logprobs as linear_logprob
 from ipvrm_core.chunked.linear_logprobs import linear_logprobs_backward as backward_op
 from ipvrm_core.chunked.rows import TorchRows
 from ipvrm_core.chunked.select_candidates import select_candidates as select_candidates_op
+from ipvrm_core.chunked.td_errors import linear_td_errors as td_errors_op
 from ipvrm_core.chunked.transform import LogitTransform
 from ipvrm_core.ops.dispatch import why_no_triton
 
@@ -63,17 +64,18 @@ def test_opcheck(linear, bias):
     _, _, *statistics = linear_logprobs_op(*frozen, batch.ids_NK, *settings)
     grads = (torch.randn(N, 1 + K), None, torch.randn(N))
     torch.library.opcheck(backward_op, (*grads, *statistics, *frozen, batch.ids_NK, *settings, need))
+    torch.library.opcheck(td_errors_op, (*frozen, batch.ids_NK, torch.randn(N, 1 + K), 10.0, *settings))
     exclude = torch.arange(N) % 2 == 0
     rule = (0.1, False, 2, True)
     torch.library.opcheck(select_candidates_op, (*frozen, batch.sampled_ids_N, exclude, *rule, *settings))
 
 
-def all_functions(hidden, weight, batch):
+def all_functions(hidden, weight, batch, inplace=False):
     """One scalar through every public function; the candidates' log-probs are constants."""
     rows = ic.linear_logprobs(hidden, weight, batch.ids_NK, temperature=0.7)
     found = ic.select_candidates(hidden, weight, batch.sampled_ids_N, keep_sampled=True)
     loss = ic.distrl_loss(hidden, weight, batch, CONFIG)
-    from_logits = ic.distrl_loss_from_logits(hidden @ weight.t(), batch, CONFIG).loss
+    from_logits = ic.distrl_loss_from_logits(hidden @ weight.t(), batch, CONFIG, inplace=inplace).loss
     return (
         loss.loss
         + loss.metrics["ratio"]
@@ -81,17 +83,19 @@ def all_functions(hidden, weight, batch):
         + rows.entropy_N.sum()
         + from_logits
         + (found.logprobs_NK.sum() + found.counts_N.sum())
+        + ic.linear_td_errors(hidden, weight, batch.ids_NK, batch.old_logprobs_N[:, None].expand(N, 1 + K), 10.0).sum()
     )
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")  # torch's own, on the first use of inductor
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own, tracing a Function
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
-@pytest.mark.parametrize("weight_grad", [True, False])
-def test_compile_without_a_graph_break(backend, weight_grad):
+@pytest.mark.parametrize(("weight_grad", "inplace"), [(True, False), (False, False), (True, True)])
+def test_compile_without_a_graph_break(backend, weight_grad, inplace):
     hidden, weight, batch = inputs(weight_grad=weight_grad)
     wanted = [hidden, weight] if weight_grad else [hidden]
     expected = all_functions(hidden, weight, batch)
-    got = torch.compile(all_functions, fullgraph=True, backend=backend)(hidden, weight, batch)
+    got = torch.compile(all_functions, fullgraph=True, backend=backend)(hidden, weight, batch, inplace)
     torch.testing.assert_close(got, expected)
     for one, other in zip(torch.autograd.grad(got * 2, wanted), torch.autograd.grad(expected * 2, wanted), strict=True):
         torch.testing.assert_close(one, other)

@@ -43,10 +43,11 @@ def candidate_credit(
     """Shares over the qualifying positions: {"positions": count, "chance", "policy", "<reward model>", ...}."""
     answers = [Answer(sample.prompt_ids, sample.response_ids) for sample in samples]
     limit, temperature = experiment.config.micro_batch_tokens, experiment.config.generation.temperature
-    weight, bias = head_of(policy)
+    policy_head = head_of(policy)
 
     def choose(hidden, tokens, _):
-        return select_candidates(hidden, weight, tokens.targets_N, p_min, bias=bias, temperature=temperature)
+        options = {"temperature": temperature, **policy_head.options}
+        return select_candidates(hidden, policy_head.weight, tokens.targets_N, p_min, **options)
 
     candidates = Candidates(*map_rows(policy, answers, limit, choose))
     true_N = true_tokens(experiment, examples, samples).to(candidates.ids_NK.device)
@@ -65,11 +66,11 @@ def candidate_credit(
         "policy": share(candidates.logprobs_NK),
     }
     for name, model in reward_models.items():
-        head, head_bias = head_of(model)
+        head = head_of(model)
 
-        def score(hidden, _, rows, head=head, head_bias=head_bias):
+        def score(hidden, _, rows, head=head):
             ids = candidates.ids_NK[rows]
-            return (linear_logprobs(hidden, head, ids, bias=head_bias, temperature=temperature).logprobs_NK,)
+            return (linear_logprobs(hidden, head.weight, ids, temperature=temperature, **head.options).logprobs_NK,)
 
         result[name] = share(map_rows(model, answers, limit, score)[0] - candidates.logprobs_NK)
     return result

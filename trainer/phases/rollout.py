@@ -59,14 +59,15 @@ def run(experiment: Experiment, resume: bool = False) -> None:
         if not todo:
             return
         model = experiment.start_policy().eval()
-        weight, bias = head_of(model)
+        head = head_of(model)
         temperature = config.generation.temperature
         shards = folder / "shards"
         shards.mkdir(exist_ok=True)
 
         def reference(hidden, batch, _):
             ids = batch.targets_N[:, None]
-            return (linear_logprobs(hidden, weight, ids, bias=bias, temperature=temperature).logprobs_NK[:, 0],)
+            found = linear_logprobs(hidden, head.weight, ids, temperature=temperature, **head.options)
+            return (found.logprobs_NK[:, 0],)
 
         starts = range(0, rollout.prompts, rollout.batch)
         for number, start in enumerate(tqdm(starts, desc="rollout", unit="shard", disable=None)):

@@ -35,8 +35,8 @@ def run(experiment: Experiment, resume: bool = False) -> None:
                 batch = TokenBatch.make(answers[part], experiment.device)
                 with experiment.accelerator.autocast():
                     hidden = response_hidden(model, batch)
-                weight, bias = head_of(model)
-                logprobs = linear_logprobs(hidden, weight, batch.targets_N[:, None], bias=bias).logprobs_NK
+                head = head_of(model)
+                logprobs = linear_logprobs(hidden, head.weight, batch.targets_N[:, None], **head.options).logprobs_NK
                 loss = -logprobs.sum() / tokens
                 experiment.accelerator.backward(loss)
                 total += loss.item()
