@@ -6,8 +6,6 @@ Prints a Markdown table. With --sweep also the time and memory of distrl_loss (t
 import argparse
 import json
 import os
-import platform
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -16,6 +14,7 @@ from pathlib import Path
 import torch
 
 from ipvrm_core.bench.cases import IMPLEMENTATIONS, Case, Shape, check_agreement, make_inputs, step
+from ipvrm_core.bench.machine import environment
 from ipvrm_core.bench.measure import interleaved, peak_extra_bytes
 from ipvrm_core.chunked.head import default_buffer_bytes
 
@@ -56,24 +55,6 @@ def measure_sweep(shape: Shape, rounds: int) -> list[dict]:
         }
         for mib in SWEEP_MIB
     ]
-
-
-def environment() -> dict:
-    """Machine, versions and commit of a report."""
-    cpu = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "?")
-    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "torch_threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": git.stdout.strip() if git.returncode == 0 else "uncommitted",
-    }
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).exists() else []
 
 
 def markdown(report: dict) -> str:

@@ -36,6 +36,8 @@ class TritonRows:
         transform: LogitTransform,
         max_buffer_bytes: int,
     ) -> None:
+        if transform.temperatures_N is not None:
+            transform = transform._replace(temperatures_N=transform.temperatures_N.to(torch.float32))
         self.transform = transform
         kind = GivenLogits if weight is None else Head
         self.head = kind(hidden, weight, bias, max_buffer_bytes, fixed=True)

@@ -106,6 +106,18 @@ def test_coefficients_of_equal_ids_add():
     torch.testing.assert_close(logits.grad, expected.double(), rtol=1e-7, atol=1e-7)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_temperatures_of_any_dtype(dtype):
+    """0.5, 0.75 and so on are exact in all of them, so the results are the same to the bit."""
+    problem = make_problem(9, 6, 65, 4)
+    temperatures = torch.arange(2, 11) / 4
+    results = [
+        ic.linear_logprobs(problem.hidden, problem.weight, problem.batch.ids_NK, temperature=t)
+        for t in (temperatures, temperatures.to(dtype))
+    ]
+    assert all(map(torch.equal, *results))
+
+
 @pytest.mark.parametrize("coefficient", [0.0, 0.5])
 def test_minus_infinity_removes_a_token(coefficient):
     """Logits with -inf columns give what the smaller vocabulary gives, and no gradient at those columns."""
