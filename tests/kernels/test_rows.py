@@ -174,6 +174,7 @@ def policy_reference(batch: ic.PolicyBatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_policy_rows(kind, V, device):
     x, batch = make_logits(kind, V, device), make_batch(V, device)
+    batch.sampled_ids_N[5] = -1  # log-prob 0 and no gradient, also where the row has weight
     # The old policy is near the new one, so that ratios lie on both sides of the clip bounds.
     near, *_ = row_logprobs(x, batch.ids_NK)
     noise = 0.3 * torch.randn(N, K).to(device)
