@@ -131,8 +131,8 @@ def _(logits, batch, config, max_buffer_bytes, triton):
 
 @torch.library.custom_op("ipvrm::rescale", mutates_args=("x",))
 def rescale(x: Tensor, scale: Tensor, triton: bool) -> None:
-    """x <- scale x for x [N, V]; the Triton kernel touches nothing where scale is 1."""
-    if triton:
+    """x <- scale x for x [N, V]; the Triton kernel (rows of stride 1) touches nothing where scale is 1."""
+    if triton and x.stride(1) == 1:
         from ipvrm_core.kernels.rescale import rescale as rescale_kernel
 
         rescale_kernel(x, scale)

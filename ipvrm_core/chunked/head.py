@@ -119,8 +119,8 @@ class HeadGradients:
 
     def target(self, rows: slice, x_nV: Tensor) -> Tensor:
         """Where a kernel should write dx of these rows: the result itself, or the memory of x in the product's type."""
-        if self.head.weight is None:
-            return self.hidden[rows]
+        if self.head.weight is None:  # kernels want rows of stride 1; where the result has others, x is a private copy
+            return self.hidden[rows] if self.hidden.stride(1) == 1 else x_nV
         return x_nV.view(torch.bfloat16)[:, : self.head.V] if self.head.tensor_cores else x_nV
 
     def add(self, rows: slice, dx_nV: Tensor) -> None:

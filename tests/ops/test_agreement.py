@@ -82,6 +82,17 @@ def test_in_place_gives_the_same_gradient_in_the_memory_of_the_logits(name, dtyp
         assert torch.equal(logits, want)  # and so the logits are gone
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_logits_whose_rows_are_not_contiguous(inplace):
+    """Columns of a transposed tensor: the same results as from a contiguous copy."""
+    problem, leaf = make_problem(17, 5, 103, 6), torch.randn(103, 17, requires_grad=True)
+    (want,) = torch.autograd.grad(ic.distrl_loss_from_logits(leaf.t().contiguous(), problem.batch).loss, leaf)
+    logits = leaf.clone().t()
+    assert logits.stride() == (1, 17)
+    (got,) = torch.autograd.grad(ic.distrl_loss_from_logits(logits, problem.batch, inplace=inplace).loss * 2, leaf)
+    assert torch.equal(got, 2 * want)
+
+
 def test_in_place_without_a_gradient_leaves_the_logits_alone():
     problem, logits = make_problem(17, 5, 103, 6), torch.randn(17, 103)
     before = logits.clone()
