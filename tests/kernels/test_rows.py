@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import ipvrm_core as ic
-from ipvrm_core.kernels.candidates import candidate_rows
+from ipvrm_core.kernels.candidates import candidate_rows, candidate_rows_kernel
 from ipvrm_core.kernels.logit_gradient import logit_gradient
 from ipvrm_core.kernels.logprobs import row_logprobs
 from ipvrm_core.kernels.policy_rows import Clip, policy_rows
@@ -288,6 +288,22 @@ def test_candidates_at_the_borders_of_blocks(device):
     ids, _, counts, *_ = candidate_rows(x.to(device), torch.zeros(3, dtype=torch.int64, device=device), 20, p_min=0.05)
     assert ids[0].tolist() == members + [-1] * 10
     assert counts.tolist() == [10, 0, 5]
+
+
+def test_more_members_than_slots_stay_within_the_row(device):
+    """Five members, room for two: the two lowest ids are kept and nothing is written behind them."""
+    x = torch.full((1, 300), -40.0)
+    x[0, [3, 50, 130, 200, 299]] = 0.0
+    ids, logprobs = torch.full((8,), 7, device=device), torch.full((8,), 7.0, device=device)
+    count, sampled = torch.zeros(1, dtype=torch.int64, device=device), torch.zeros(2, device=device)
+    tensors = (None, ids, logprobs, count, sampled[:1], sampled[1:])
+    candidate_rows_kernel[(1,)](
+        x.to(device), 300, 300, 2, torch.zeros_like(count), *tensors, 1.0, 1.0, math.log(0.1),
+        BLOCK=128, BLOCKS=4, PART=128, BLOCK_K=2, CAPPED=False, ROW_TEMPERATURE=False, STRICT=False,
+    )  # fmt: skip
+    assert ids.tolist() == [3, 50, 7, 7, 7, 7, 7, 7]
+    assert (logprobs[2:] == 7).all()
+    assert count.item() == 2
 
 
 def test_minus_infinity(device):

@@ -31,6 +31,8 @@ FUNCTIONS = {
     },
     "implicit_prm_loss": lambda x, cu, to, **how: ic.implicit_prm_loss(x, cu, to(LABELS), beta=0.1, **how),
     "dpo_reward_loss": lambda x, cu, to, **how: ic.dpo_reward_loss(x, cu, to(PAIRS), beta=0.1, **how),
+    "qrm_loss": lambda x, cu, to, **how: ic.qrm_loss(x, cu, to(PAIRS), **how),
+    "repirl_loss": lambda x, cu, to, **how: ic.repirl_loss(x, cu, to(LABELS), **how),
 }
 
 
@@ -79,7 +81,25 @@ def test_chunked_is_the_reference(batch):
     assert torch.equal(ic.gae(x, cu, backend="chunked"), ic.gae(x, cu, backend="reference"))
 
 
-@pytest.mark.parametrize("name", objectives.names())
+CONSTANTS = {
+    "repirl_weights": lambda x, cu, to, **how: ic.repirl_weights(
+        x, 0.5 * x - 1, cu, to(LABELS), torch.full((5,), 0.2, device=x.device), **how
+    ),
+    "prime_advantages": lambda x, cu, to, **how: ic.prime_advantages(x, to(LABELS), cu, to(GROUPS), **how),
+    "masked_step_advantages": lambda x, cu, to, **how: ic.masked_step_advantages(x, cu, to(GROUPS), **how),
+}
+
+
+@pytest.mark.parametrize("name", CONSTANTS)
+def test_constants_on_triton(batch, name):
+    """Weights and advantages, which have no gradient."""
+    x, cu = batch
+    truth = CONSTANTS[name](x.cpu().double(), cu.cpu(), lambda other: other, backend="reference")
+    got = CONSTANTS[name](x, cu, lambda other: other.to(x.device), backend="triton").cpu()
+    torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-5 * truth.abs().max().item())
+
+
+@pytest.mark.parametrize("name", [name for name in objectives.names() if objectives.find(name).trains])
 def test_objectives_use_the_kernels(batch, name, monkeypatch):
     from ipvrm_core.kernels import segments
 
