@@ -290,6 +290,15 @@ def test_candidates_at_the_borders_of_blocks(device):
     assert counts.tolist() == [10, 0, 5]
 
 
+@pytest.mark.parametrize(("strict", "count"), [(False, 1), (True, 0)])
+def test_a_probability_equal_to_the_threshold(strict, count, device):
+    """p = 1 and P_min = 1 are exact in every arithmetic."""
+    x = torch.full((1, 300), -math.inf)
+    x[0, 130] = 3.0
+    _, _, counts, *_ = candidate_rows(x.to(device), torch.tensor([130], device=device), 1, p_min=1.0, strict=strict)
+    assert counts.item() == count
+
+
 def test_more_members_than_slots_stay_within_the_row(device):
     """Five members, room for two: the two lowest ids are kept and nothing is written behind them."""
     x = torch.full((1, 300), -40.0)
