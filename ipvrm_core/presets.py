@@ -7,7 +7,7 @@ starts from a preset and overrides fields by name; the library functions never r
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from ipvrm_core.reference.advantages import SigmaForm
+from ipvrm_core.reference.advantages import Estimator, Outcome, SigmaForm
 from ipvrm_core.reference.aggregation import Aggregation
 from ipvrm_core.types import PolicyLossConfig
 
@@ -31,6 +31,8 @@ class Preset:
     # advantages
     sigma_scope: Literal["minibatch", "batch"] = "minibatch"
     sigma_form: SigmaForm = "std_plus_eps"
+    outcome: Outcome = "grpo"  # of the whole answer: group-normalised | minus the others' mean | the reward itself
+    estimator: Estimator = "gae"  # of the tokens; see docs/method.md
     gae_normalize: Literal["group", "batch"] = "group"
     gae_coef: float = 1.0
     gamma: float = 1.0

@@ -202,3 +202,32 @@ def test_no_math500_problem_is_in_the_math_training_answers():
     assert len(train) == 7470  # of 7474, four have no answer
     assert overlap(train, test) == []
     assert len(overlap(test, test)) == 500
+
+
+def test_overlap_sees_through_instructions():
+    """From eight words on, a problem inside a longer prompt counts, by whole words; shorter ones only as a whole."""
+    problem = "Ann has three apples and buys two more pears."
+    asked = f"Solve it.\n\n{problem} How many?\n\nPut the answer in a box."
+    found = overlap([Example("a", problem, "")], [Example("x", asked, ""), Example("y", problem[:-2], "")])
+    assert found == [("a", "x")]
+    assert overlap([Example("a", asked, "")], [Example("x", problem, "")]) == [("a", "x")]
+    assert overlap([Example("a", "Solve: how many apples?", "")], [Example("x", "how many apples", "")]) == []
+    chat = ({"role": "system", "content": "Think."}, {"role": "user", "content": "how many apples"})
+    assert overlap([Example("a", chat, "")], [Example("x", "How many apples?", "")]) == [("a", "x")]
+    twice = [Example("a", "other words", ""), Example("b", problem, ""), Example("c", problem, "")]
+    assert overlap(twice, [Example("x", problem, "")]) == [("b", "x")]
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "count"),
+    [
+        ("gsm8k/test.jsonl", "processbench/gsm8k.json", 400),  # every one of them
+        ("gsm8k/train.jsonl", "processbench/gsm8k.json", 0),
+        ("math/math500.jsonl", "policy_val/val.parquet", 487),  # 13 are too short to be seen within their instruction
+    ],
+)
+def test_overlap_of_real_files(train, test, count):
+    pytest.importorskip("pyarrow")
+    columns = {"gsm8k/test.jsonl": "question", "gsm8k/train.jsonl": "question", "policy_val/val.parquet": "prompt"}
+    sides = [load_examples(shared(name), columns={"prompt": columns.get(name, "problem")}) for name in (train, test)]
+    assert len(overlap(*sides)) == count

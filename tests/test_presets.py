@@ -25,6 +25,8 @@ TABLE = {
     "sigma_form": ("std_plus_eps", "floored_std"),
     "gae_normalize": ("group", "batch"),
     "gae_coef": (1.0, 0.05),
+    "outcome": ("grpo", "grpo"),
+    "estimator": ("gae", "gae"),
     "gamma": (1.0, 1.0),
     "lam": (1.0, 1.0),
     "candidate_baseline": ("none", "none"),  # ours

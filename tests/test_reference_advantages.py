@@ -11,8 +11,11 @@ from ipvrm_core.reference.advantages import (
     center_on_candidates,
     gae,
     group_normalize,
+    masked_step_advantages,
     outcome_advantages,
+    prime_advantages,
     process_advantages,
+    rloo_advantages,
     whiten,
 )
 
@@ -140,6 +143,58 @@ def test_official_process_advantages_centre_scale_sum_whiten():
     close(got, -1.375 / s, -0.625 / s, 0.625 / s, 1.375 / s)
 
 
+def test_rloo_subtracts_the_mean_of_the_others():
+    # group 7: (1, 0, 0): 1 - 0, 0 - 1/2, 0 - 1/2; group 2: (1, 1): 0; group 5 has nobody else
+    got = rloo_advantages(f64(1, 1, 0, 0, 1, 1), groups(7, 2, 7, 7, 2, 5))
+    close(got, 1.0, 0.0, -0.5, -0.5, 0.0, 0.0)
+    close(rloo_advantages(torch.tensor([1, 0]), groups(0, 0)), 1.0, -1.0)
+
+
+def test_prime_by_hand():
+    """One group: r = (1, 1), (-2). Suffix sums (2, 1), (-2): r / 2 = (.5, .5), (-1), means .5 and -1, sum -.5.
+
+    n/(n-1) = 2: (1 + .5, 1 + .5), (-2 + .5), suffix sums (3, 1.5), (-1.5). Outcome 1 against 0: +1 and -1.
+    """
+    raw = f64(4, 2.5, -2.5)
+    expected = ((raw - raw.mean()) / raw.var().sqrt()).tolist()
+    assert math.isclose(raw.var(), 834 / 72)
+    r, cu, one = f64(1, 1, -2), torch.tensor([0, 2, 3]), groups(4, 4)
+    close(prime_advantages(r, f64(1, 0), cu, one), *expected, atol=1e-5)
+    close(prime_advantages(1000 * r, f64(1, 0), cu, one), *expected, atol=1e-5)  # the scale is divided out
+    close(prime_advantages(r, f64(1, 0), cu, one, coef=0.0), *whiten(f64(1, 1, -1)).tolist())
+    half = f64(2.5, 1.75, -1.75)
+    close(prime_advantages(r, f64(1, 0), cu, one, coef=0.5), *whiten(half).tolist(), atol=1e-5)
+
+
+def test_prime_keeps_groups_apart():
+    """Before whitening each group's numbers are its own; a group of one has none. All scales are 1 here."""
+    r, rewards = f64(1, 0, -0.5, 0.25, 9), f64(1, 0, 1, 0, 1)
+    r = r / 9  # so that the largest suffix sum is 1
+    cu, several = torch.arange(6), groups(0, 0, 1, 1, 2)
+    a = 1 / 9  # RLOO of two: (x - y) each way; outcome +-1
+    raw = f64(1 + a, -1 - a, 1 - 0.75 / 9, -1 + 0.75 / 9, 0)
+    close(prime_advantages(r, rewards, cu, several), *whiten(raw).tolist(), atol=1e-5)
+
+
+def test_masked_step_advantages_compare_the_same_step_of_a_group():
+    # running sums 1, 3, 6 | 3, 2 | 5.  t = 1: mean 2; t = 2: mean 2.5; t = 3 and the other group are alone
+    r, cu = f64(1, 2, 3, 5, 3, -1), torch.tensor([0, 3, 4, 6])
+    close(masked_step_advantages(r, cu, groups(8, 3, 8)), -1.0, 0.5, 0.0, 0.0, 1.0, -0.5)
+
+
+def test_td_and_mc_are_the_ends_of_gae():
+    zero = [process_advantages(DELTA, CU, groups(0, 0, 0), normalize="group", lam=lam) for lam in (0.0, 1.0)]
+    normalised = group_normalize(DELTA, CU, groups(0, 0, 0))
+    torch.testing.assert_close(zero[0], normalised, rtol=0, atol=0)
+    torch.testing.assert_close(zero[1], gae(normalised, CU), rtol=0, atol=0)
+
+
+def test_groups_of_the_new_advantages_are_checked():
+    for function in (masked_step_advantages, lambda *a: prime_advantages(a[0], f64(1, 0, 1), *a[1:])):
+        with pytest.raises(ValueError, match=r"groups must be integers \[B\]"):
+            function(DELTA, CU, groups(0, 1))
+
+
 def test_user_errors_name_what_was_wrong():
     with pytest.raises(ValueError, match="needs sigma"):
         process_advantages(DELTA, CU, groups(0, 0, 0), normalize="batch")
@@ -165,8 +220,12 @@ def test_advantages_follow_a_permutation_of_the_sequences(seed, lengths):
         normalised = [
             process_advantages(torch.cat(x), cu, group[order], normalize=n, sigma=sigma) for n in ("group", "batch")
         ]
+        normalised += [
+            prime_advantages(torch.cat(x), reward[order], cu, group[order]),
+            masked_step_advantages(torch.cat(x), cu, group[order]),
+        ]
         split = [list(y.split([len(p) for p in x])) for y in normalised]
-        return split, outcome_advantages(reward[order], group[order])
+        return split, torch.stack([f(reward[order], group[order]) for f in (outcome_advantages, rloo_advantages)], 1)
 
     identity = torch.arange(len(lengths))
     (plain, outcome), (moved, outcome_moved) = run(identity), run(order)

@@ -6,7 +6,13 @@ from torch.autograd import gradcheck
 
 from ipvrm_core.reference.logprobs import head_logits, linear_logprobs
 from ipvrm_core.reference.policy_loss import distrl_loss
-from ipvrm_core.reference.reward_losses import dpo_reward_loss, implicit_prm_loss, ipvrm_loss
+from ipvrm_core.reference.reward_losses import (
+    dpo_reward_loss,
+    implicit_prm_loss,
+    ipvrm_loss,
+    qrm_loss,
+    repirl_loss,
+)
 from ipvrm_core.types import PolicyBatch, PolicyLossConfig
 
 N, D, V, K = 8, 3, 6, 3
@@ -83,3 +89,12 @@ def test_implicit_prm_loss():
 def test_dpo_reward_loss():
     pairs = torch.tensor([[0, 2], [3, 0], [3, 1]])
     assert gradcheck(lambda q: dpo_reward_loss(q, CU, pairs, beta=0.5), (randn(8, seed=5).requires_grad_(),))
+
+
+def test_qrm_loss():
+    pairs = torch.tensor([[0, 2], [3, 0], [3, 1]])
+    assert gradcheck(lambda z: qrm_loss(z, CU, pairs, beta=0.5, margin=0.7), (randn(8, seed=5).requires_grad_(),))
+
+
+def test_repirl_loss():
+    assert gradcheck(lambda r: repirl_loss(r, CU, LABELS), (randn(8, seed=5).requires_grad_(),))

@@ -12,6 +12,9 @@ from ipvrm_core.reference.reward_losses import (
     dynamic_loss_weights,
     implicit_prm_loss,
     ipvrm_loss,
+    qrm_loss,
+    repirl_loss,
+    repirl_weights,
 )
 
 LN3 = math.log(3)
@@ -144,6 +147,75 @@ def test_dpo_reward():
     pairs = torch.tensor([[0, 1], [1, 0], [1, 1]])
     close(dpo_reward_loss(q, cu, pairs), math.log(4 / 3), math.log(4), math.log(2))
     close(dpo_reward_loss(q / 2, cu, pairs[:1], beta=0.1), math.log(4 / 3))
+
+
+def test_qrm_compares_mean_scores_with_a_margin():
+    # Zbar = (15, 5): beta (Zbar_0 - Zbar_1) = .2 * 10 = 2, minus the margin 2: ln 2.  Winner 1: softplus(4)
+    z, cu = f64(10, 20, 5), torch.tensor([0, 2, 3])
+    pairs = torch.tensor([[0, 1], [1, 0], [1, 1]])
+    close(qrm_loss(z, cu, pairs), math.log(2), ln1p_exp(4), ln1p_exp(2))
+    close(qrm_loss(z, cu, pairs[:1], margin=0.0), ln1p_exp(-2))
+    close(qrm_loss(z, cu, pairs[:1], beta=0.1, margin=0.0), ln1p_exp(-1))
+
+
+# answers: failed (2 tokens), right (1), failed (1).  r - log pi = (ln 3, ln 3), ., 0: means ln 3, 0, sums 2 ln 3, 0
+R, LOGP = f64(0.5, 1.5, 7, -1), f64(0.5 - LN3, 1.5 - LN3, -2, -1)
+CU3, FAILED, THIRD = torch.tensor([0, 2, 3, 4]), f64(0, 1, 0), f64(1 / 3, 1 / 3, 1 / 3)
+
+
+def test_repirl_lifts_experts_and_lowers_failed_rollouts_by_the_mean_reward():
+    close(repirl_loss(R, CU3, FAILED), 1.0, -7.0, -1.0)
+    close(repirl_loss(R, torch.tensor([0, 2, 2, 4]), f64(1, 0, 0)), -1.0, 0.0, 3.0)  # an empty answer in the middle
+
+
+def test_repirl_weights():
+    # per token: 3 : 1; as written, with sums: 9 : 1. The expert keeps 1/3, or has all of the experts' share
+    close(repirl_weights(R, LOGP, CU3, FAILED, THIRD), 3 / 4, 1 / 3, 1 / 4)
+    close(repirl_weights(R, LOGP, CU3, FAILED, THIRD, length="sum"), 9 / 10, 1 / 3, 1 / 10)
+    close(repirl_weights(R, LOGP, CU3, FAILED, THIRD, expert_share="experts"), 3 / 4, 1.0, 1 / 4)
+    assert not repirl_weights(R.clone().requires_grad_(), LOGP, CU3, FAILED, THIRD).requires_grad
+
+
+def test_repirl_weights_stay_finite():
+    # log-weights 2000 and 1000 ln 2 below it: exp of either overflows
+    log = f64(2000, 0, 2000 - math.log(2))
+    close(repirl_weights(log, 0 * log, torch.tensor([0, 1, 2, 3]), f64(0, 1, 0), THIRD), 2 / 3, 1 / 3, 1 / 3)
+
+
+def test_repirl_without_failures_or_without_experts():
+    all_right, all_wrong = f64(1, 1, 1), f64(0, 0, 0)
+    close(repirl_weights(R, LOGP, CU3, all_right, THIRD), 1 / 3, 1 / 3, 1 / 3)  # no policy term
+    got = repirl_weights(R, LOGP, CU3, all_wrong, THIRD, expert_share="experts")
+    assert math.isclose(got.sum(), 1.0)  # no expert term
+    # log-weights ln 3, 9, 0
+    close(got, *(w / (3 + math.exp(9) + 1) for w in (3, math.exp(9), 1)))
+
+
+def test_repirl_gradient_is_that_of_the_log_partition_function():
+    """With length = "mean" and no experts: d/dr log sum_i exp(rbar_i) / pi_i, what maximum-entropy inverse RL takes."""
+    wrong = f64(0, 0, 0)
+    reward = R.clone().requires_grad_()
+    weights = repirl_weights(reward, LOGP, CU3, wrong, THIRD)
+    (ours,) = torch.autograd.grad((weights * repirl_loss(reward, CU3, wrong)).sum(), reward)
+    means = torch.stack([reward[:2].mean(), reward[2], reward[3]])
+    constants = torch.stack([LOGP[:2].mean(), LOGP[2], LOGP[3]])
+    (truth,) = torch.autograd.grad((means - constants).logsumexp(0), reward)
+    torch.testing.assert_close(ours, truth, rtol=0, atol=1e-12)
+
+
+def test_errors_of_qrm_and_repirl():
+    with pytest.raises(ValueError, match=r"pairs must be \[P, 2\]"):
+        qrm_loss(Q, CU, torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="labels must be 0 or 1"):
+        repirl_loss(R, CU3, f64(0, 0.5, 1))
+    with pytest.raises(ValueError, match=r"labels must be \[B\]"):
+        repirl_weights(R, LOGP, CU3, f64(0, 1), THIRD)
+    with pytest.raises(ValueError, match=r"policy_logprobs must be \[N\] = \(4,\)"):
+        repirl_weights(R, LOGP[:3], CU3, FAILED, THIRD)
+    with pytest.raises(ValueError, match="length must be 'mean' or 'sum'; got 'max'"):
+        repirl_weights(R, LOGP, CU3, FAILED, THIRD, length="max")
+    with pytest.raises(ValueError, match="expert_share must be 'batch' or 'experts'; got 'all'"):
+        repirl_weights(R, LOGP, CU3, FAILED, THIRD, expert_share="all")
 
 
 def test_user_errors_name_what_was_wrong():

@@ -24,6 +24,15 @@ def test_token_batch_by_hand():
     assert at_rows == [7, 8, 4, 3, 2, 9, 5]
 
 
+def test_states_after_the_response_tokens_by_hand():
+    """For a value head: the rows at the response tokens themselves, the last one included."""
+    batch = TokenBatch.make(ANSWERS, after=True)
+    assert batch.ids_BL.tolist() == [[5, 6, 7, 8, 1], [4, 3, 2, 9, 1], [5, 5, 1, 0, 0]]
+    assert batch.mask_BL.tolist() == [[1] * 5, [1] * 5, [1, 1, 1, 0, 0]]
+    assert batch.ids_BL.flatten()[batch.rows_N].tolist() == batch.targets_N.tolist() == [8, 1, 3, 2, 9, 1, 1]
+    assert batch.cu_seqlens.tolist() == [0, 2, 6, 7]
+
+
 def test_shortest_answer():
     batch = TokenBatch.make([Answer([3], [1])])
     assert batch.ids_BL.tolist() == [[3]]
@@ -38,7 +47,7 @@ def test_empty_prompt_or_response(answer):
 
 
 def _logprobs(model, answers: list[Answer]) -> torch.Tensor:
-    weight, bias = head_of(model)
+    weight, bias, _ = head_of(model)
     batch = TokenBatch.make(answers)
     return linear_logprobs(response_hidden(model, batch), weight, batch.targets_N[:, None], bias=bias).logprobs_NK[:, 0]
 
@@ -70,7 +79,7 @@ def test_padding_changes_nothing(tiny_model):
 def test_hidden_states_and_head_make_the_logits(tiny_model):
     model = tiny_model()
     batch = TokenBatch.make(ANSWERS)
-    weight, bias = head_of(model)
+    weight, bias, _ = head_of(model)
     with torch.no_grad():
         logits = model(input_ids=batch.ids_BL, attention_mask=batch.mask_BL).logits
         ours = hidden_states(model, batch.ids_BL, batch.mask_BL) @ weight.T

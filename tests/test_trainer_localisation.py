@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipvrm_core.trainer.evaluation.localisation import best_f1, f1_at, predict
-from ipvrm_core.trainer.evaluation.step_scores import step_scores, token_steps
+from ipvrm_core.trainer.evaluation.rendering import token_steps
 from ipvrm_core.trainer.reward import answer_scores, auc
 
 # Two erroneous traces (first wrong step 1 and 0) and two correct ones.
@@ -104,23 +104,13 @@ def test_best_f1_against_brute_force(case):
 
 
 def test_token_steps_by_hand():
-    """ "1+2=3;" "3*4=2;" "#2" with tokens that reach over a boundary: the step of the first character counts."""
-    steps = ["1+2=3;", "3*4=2;", "#2"]
-    offsets = [(0, 2), (2, 5), (5, 7), (7, 10), (10, 12), (12, 14)]  # (5, 7) is ";3"
-    assert token_steps(offsets, steps) == [0, 0, 0, 1, 1, 2]
+    """ "1+2=3;" "3*4=2;" "#2" with a token that reaches over a boundary, ";3": it counts for its last character."""
+    ends = [6, 12, 14]
+    offsets = [(0, 2), (2, 5), (5, 7), (7, 10), (10, 12), (12, 14)]
+    assert token_steps(offsets, ends, 0, 14) == [0, 0, 1, 1, 1, 2]
     characters = [(i, i + 1) for i in range(14)]
-    assert token_steps(characters, steps) == [0] * 6 + [1] * 6 + [2] * 2
-    assert token_steps([(0, 14)], steps) == [0]
-
-
-def test_a_token_over_a_whole_step():
-    assert token_steps([(0, 1), (1, 4), (4, 5)], ["ab", "c", "de"]) == [0, 0, 2]
-
-
-def test_step_scores_by_hand():
-    log_ratio = torch.tensor([1.0, -2.0, 0.5, 4.0])
-    scores = step_scores(log_ratio, [0, 0, 1, 3], 4)
-    assert scores == {"process": [-1.0, 0.5, 0.0, 4.0], "prefix": [-1.0, -0.5, -0.5, 3.5]}
+    assert token_steps(characters, ends, 0, 14) == [0] * 6 + [1] * 6 + [2] * 2
+    assert token_steps([(0, 14)], ends, 0, 14) == [2]
 
 
 def test_score_traces_against_one_trace_at_a_time(tiny_experiment, tiny_model):

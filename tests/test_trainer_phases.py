@@ -134,8 +134,9 @@ def test_every_objective_learns_to_rank(start, tmp_path, objective, pairing):
     experiment = Experiment(check({**BASE, "rm": {"y": settings}}), tmp_path)
     train_rm.run(experiment, "y")
     groups = [g for g in rollout.read(tmp_path / "rollout")[:16] if 0 < sum(g.correct) < len(g.correct)]
-    before = train_rm.validate(experiment, experiment.start_policy(), groups)["held_out_auc_sum"]
-    after = train_rm.validate(experiment, experiment.load(tmp_path / "rm/y/model"), groups)["held_out_auc_sum"]
+    built, trained = experiment.config.rm["y"].build(), experiment.load(tmp_path / "rm/y/model")
+    before = train_rm.validate(experiment, experiment.start_policy(), groups, built)["held_out_auc_sum"]
+    after = train_rm.validate(experiment, trained, groups, built)["held_out_auc_sum"]
     assert before == 0.5  # the start is its own reference: all scores are 0
     assert after > 0.8
 

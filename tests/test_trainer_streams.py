@@ -6,6 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from ipvrm_core.objectives.ipvrm import Ipvrm
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import RewardModel, check
 from ipvrm_core.trainer.experiment import Experiment
@@ -108,9 +109,9 @@ def test_pairs_are_right_and_wrong_answers_of_one_prompt(pairing, limit, sizes):
 
 def test_validation_of_one_kind_of_answers_is_left_out(tiny_experiment, tiny_model):
     """All held-out answers wrong, as they are early on: there is no AUC then, and training must go on."""
-    experiment, model = tiny_experiment(), tiny_model()
-    assert validate(experiment, model, [_rollouts(2, "---")]) == {}
-    numbers = validate(experiment, model, [_rollouts(2, "-+-")])
+    experiment, model, objective = tiny_experiment(), tiny_model(), Ipvrm()
+    assert validate(experiment, model, [_rollouts(2, "---")], objective) == {}
+    numbers = validate(experiment, model, [_rollouts(2, "-+-")], objective)
     assert set(numbers) == {"held_out_auc", "held_out_auc_sum"}
     assert all(0 <= value <= 1 for value in numbers.values())
 

@@ -25,23 +25,28 @@ class TokenBatch(NamedTuple):
 
     ids_BL: Tensor
     mask_BL: Tensor
-    rows_N: Tensor  # index into [B * L]: the position whose hidden state predicts each response token
+    rows_N: Tensor  # index into [B * L]: the position whose hidden state predicts (or has read) each response token
     targets_N: Tensor  # the response tokens
     cu_seqlens: Tensor
 
     @classmethod
-    def make(cls, answers: Sequence[Answer], device: torch.device | str = "cpu") -> "TokenBatch":
+    def make(
+        cls, answers: Sequence[Answer], device: torch.device | str = "cpu", *, after: bool = False
+    ) -> "TokenBatch":
+        """after: rows of the hidden states that have read their response token, instead of those that predict it."""
         if any(not answer.prompt_ids or not answer.response_ids for answer in answers):
             raise ValueError("prompt and response must both have at least one token")
-        L = max(len(a.prompt_ids) + len(a.response_ids) for a in answers) - 1  # nothing is predicted after the last
+        last = 0 if after else 1  # nothing is predicted after the last token, but it can be scored
+        L = max(len(a.prompt_ids) + len(a.response_ids) for a in answers) - last
         ids_BL = torch.zeros(len(answers), L, dtype=torch.int64)
         mask_BL = torch.zeros(len(answers), L, dtype=torch.int64)
         rows = []
         for b, answer in enumerate(answers):
-            tokens = (answer.prompt_ids + answer.response_ids)[:-1]
+            tokens = answer.prompt_ids + answer.response_ids
+            tokens = tokens[: len(tokens) - last]
             ids_BL[b, : len(tokens)] = torch.tensor(tokens)
             mask_BL[b, : len(tokens)] = 1
-            rows.append(torch.arange(len(answer.prompt_ids) - 1, len(tokens)) + b * L)
+            rows.append(torch.arange(len(answer.prompt_ids) - last, len(tokens)) + b * L)
         targets_N = torch.tensor([token for answer in answers for token in answer.response_ids])
         lengths_B = torch.tensor([len(answer.response_ids) for answer in answers])
         made = cls(ids_BL, mask_BL, torch.cat(rows), targets_N, cu_seqlens_from_lengths(lengths_B))
@@ -65,13 +70,15 @@ def micro_batches(answers: Sequence[Answer], max_tokens: int) -> Iterator[slice]
         yield slice(start, len(answers))
 
 
-def map_rows(model: nn.Module, answers: Sequence[Answer], max_tokens: int, function: Callable) -> list[Tensor]:
+def map_rows(
+    model: nn.Module, answers: Sequence[Answer], max_tokens: int, function: Callable, *, after: bool = False
+) -> list[Tensor]:
     """function(hidden [n, D], TokenBatch, slice of the packed rows) -> tuple of [n, ...]; concatenated, no gradient."""
     device = next(model.parameters()).device
     pieces, row = [], 0
     with torch.no_grad():
         for part in micro_batches(answers, max_tokens):
-            batch = TokenBatch.make(answers[part], device)
+            batch = TokenBatch.make(answers[part], device, after=after)
             count = len(batch.targets_N)
             pieces.append(function(response_hidden(model, batch), batch, slice(row, row + count)))
             row += count

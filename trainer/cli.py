@@ -4,6 +4,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ipvrm_core.trainer import cli_evaluation
 from ipvrm_core.trainer import config as configuration
 from ipvrm_core.trainer.config import Config, ConfigError
 
@@ -16,11 +17,14 @@ Every phase may be killed at any moment; the same command with --resume goes on 
 """
 
 
+TRAINING = ("sft", "rollout", "train-rm", "distrl")  # commands that look for evaluation problems in their data first
+
+
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
     try:
         options.function(options)
-    except (ConfigError, RuntimeError, ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ConfigError, RuntimeError, ValueError, OSError, FloatingPointError) as error:
         if options.traceback:
             raise
         print(f"ipvrm {options.command}: {error}", file=sys.stderr)
@@ -74,6 +78,8 @@ def _parser() -> argparse.ArgumentParser:
     seeds.add_argument("runs", nargs="+", type=Path, help="run folders")
     seeds.set_defaults(function=_compare)
 
+    cli_evaluation.add(commands)
+
     listing = commands.add_parser("config", help="List every configuration key.")
     listing.set_defaults(function=lambda _: print("\n".join(configuration.describe())))
     return parser
@@ -102,9 +108,12 @@ def _with_experiment(options, function) -> None:
     config = _load(options)
     _quiet()
     from ipvrm_core.trainer.experiment import Experiment
+    from ipvrm_core.trainer.leakage import guard
 
     experiment = Experiment(config, options.run)
     try:
+        if options.command in TRAINING:
+            guard(experiment)
         function(experiment)
     finally:
         experiment.close()
@@ -154,13 +163,14 @@ def _eval(options) -> None:
 def _run(options) -> None:
     from ipvrm_core.trainer import pipeline
     from ipvrm_core.trainer.experiment import Experiment
+    from ipvrm_core.trainer.leakage import guard
 
     if options.jobs < 1:
         raise ConfigError(f"--jobs must be >= 1; got {options.jobs}")
     config = _load(options)
     if options.run.exists() and any(options.run.iterdir()) and not options.resume:
         raise ConfigError(f"{options.run} is not empty; pass --resume to go on, or take another --run folder")
-    Experiment(config, options.run)
+    guard(Experiment(config, options.run))
     pipeline.run(config, options.run, options.jobs)
 
 

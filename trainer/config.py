@@ -74,7 +74,9 @@ class Model(Section):
     path: str | None = Field(None, description="Hugging Face name or local folder")
     gguf_file: str | None = Field(None, description="file inside `path`, for models that come as GGUF")
     scratch: Scratch | None = None
-    dtype: Literal["float32", "bfloat16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of the weights; bfloat16 ones are trained through float32 master copies"
+    )
     lora: Lora | None = None
     system_prompt: str | None = Field(None, description="first message, where the tokenizer has a chat template")
 
@@ -86,11 +88,6 @@ class Model(Section):
             )
         if self.gguf_file and not self.path:
             raise ValueError("gguf_file needs path")
-        if self.dtype == "bfloat16" and self.lora is None:
-            raise ValueError(
-                "dtype='bfloat16' trains all weights in bfloat16, where steps below 1/256 of a weight vanish: "
-                "use dtype='float32', or LoRA (its adapters are float32)"
-            )
         return self
 
 
@@ -107,6 +104,7 @@ class Source(Section):
     solution_column: str | None = None
     prompt_template: str = "{prompt}"
     answer_pattern: str | None = Field(None, description="regular expression; group 1 is the answer")
+    group_column: str | None = Field(None, description="evaluate each value of this column apart (eval.benchmarks)")
     limit: Positive | None = None
 
     @model_validator(mode="after")
@@ -150,27 +148,94 @@ class Rollout(Section):
     batch: Positive = Field(64, description="prompts sampled at once; also the unit of resuming")
 
 
-class RewardModel(Section):
-    """One implicit reward model, trained offline on the rollouts."""
+class Chats(Section):
+    """Labelled or paired chats that a reward model trains on instead of the rollouts."""
 
-    objective: str = "ipvrm"
+    path: str = Field(description="jsonl, json, parquet, or a Hugging Face data set")
+    kind: Literal["pointwise", "pairwise"] = Field(
+        description="a row is one answer and its label, or a chosen and a rejected answer to one prompt"
+    )
+    config: str | None = Field(None, description="which configuration, for a data set by name")
+    split: str | None = Field(None, description="which split, for a data set by name")
+    conversation_column: str = Field("conversation", description="pointwise: messages, the answer last")
+    label_column: str = Field("label", description="pointwise: 0 or 1")
+    chosen_column: str = Field("chosen", description="pairwise: messages, the better answer last")
+    rejected_column: str = Field("rejected", description="pairwise: the same messages, the worse answer last")
+    limit: Positive | None = Field(None, description="read at most so many rows, from the first")
+    max_tokens: Positive = Field(4096, description="of prompt and answer together")
+    on_long: Literal["error", "drop", "truncate"] = Field(
+        "error", description="what becomes of longer rows; those dropped or cut are counted in rm/<name>/data.json"
+    )
+    validation: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.1, description="share of the prompts whose answers are kept for validation, the same for every seed"
+    )
+    reference: str | None = Field(
+        None, description="name or folder of another reference than the starting policy, of the same vocabulary"
+    )
+    cache: str | None = Field(None, description="folder for the reference's log-probs; None: RUN/cache")
+
+
+class RewardModel(Section):
+    """One reward model, trained offline on the rollouts, or on chats of its own."""
+
+    objective: str = Field("ipvrm", description="a file of ipvrm_core/objectives, or package.module:Class")
     args: dict[str, float | str] = Field({}, description="settings of the objective, e.g. {margin = 5.0}")
     steps: Positive = 500
     batch: Positive = Field(64, description="sequences a step: pairs of a right and a wrong answer to one prompt")
-    pairing: Literal["disjoint", "covering"] = Field(
+    data: Chats | None = Field(None, description="chats to train on; None: the rollouts")
+    pairing: Literal["disjoint", "covering", "none"] = Field(
         "covering",
-        description="each answer of a mixed prompt in at most one pair, or in at least one (the rarer repeat)",
+        description="each answer of a mixed prompt in at most one pair, or in at least one (the rarer repeat); "
+        "none: single answers, those of unmixed prompts too. Pairwise data bring their own pairs",
     )
     pairs_per_prompt: Positive | None = Field(None, description="pairs drawn from one prompt; None: as many as it has")
+    experts: Annotated[int, Field(ge=0)] = Field(
+        0, description="demonstrations that join each step's pairs as right answers"
+    )
     optim: Optim = Optim(lr=5e-7)
     validate_every: Positive = 100
+    stop_metric: (
+        Literal[
+            "held_out_auc",
+            "held_out_auc_sum",
+            "held_out_accuracy",
+            "held_out_pair_accuracy",
+            "held_out_ece_25",
+            "held_out_ece_50",
+            "held_out_ece_75",
+            "held_out_ece_100",
+        ]
+        | None
+    ) = Field(None, description="keep the model that is best in it, and stop when it no longer gets better")
+    patience: Positive = Field(3, description="validations in a row without a new best before the stop")
 
     @model_validator(mode="after")
     def _objective_exists(self):
-        self.__dict__["args"] = asdict(self.build())  # resolved: what config.json shows is what runs
+        objective = self.build()
+        self.__dict__["args"] = asdict(objective)  # resolved: what config.json shows is what runs
+        if not objective.trains:
+            self.__dict__["steps"] = 1  # to measure it
+        if self.experts and (objective.pairwise or not objective.trains):
+            kind = "pairwise" if objective.pairwise else "training-free"
+            raise ValueError(f"experts must be 0 for the {kind} objective {self.objective!r}; got {self.experts}")
         if self.batch % 2:
             raise ValueError(f"batch must be even, for it holds pairs; got {self.batch}")
+        self._check_data(objective)
         return self
+
+    def _check_data(self, objective: objectives.Objective) -> None:
+        if self.pairing == "none" and objective.pairwise:
+            raise ValueError(f"pairing must be 'disjoint' or 'covering' for the pairwise objective {self.objective!r}")
+        if self.stop_metric and self.data and not self.data.validation:
+            raise ValueError(f"stop_metric = {self.stop_metric!r} needs held-out prompts: data.validation must be > 0")
+        log_ratios = objective.head == "vocabulary" and objective.reference
+        if self.stop_metric and self.stop_metric.startswith(("held_out_ece", "held_out_accuracy")) and not log_ratios:
+            raise ValueError(
+                f"stop_metric must be another for the objective {self.objective!r}, whose scores are no log-ratios: "
+                f"sigma(vbar_t) is no probability; got {self.stop_metric!r}"
+            )
+        if self.stop_metric and not objective.trains:
+            raise ValueError(f"stop_metric must be left out for the training-free objective {self.objective!r}")
 
     def build(self, **override) -> objectives.Objective:
         return _dataclass(objectives.find(self.objective), {**self.args, **override}, "args")
@@ -209,10 +274,28 @@ class Rl(Section):
         for name in ("beta", "offline_margin"):
             if getattr(preset, name) != getattr(PRESETS[self.preset], name):
                 raise ValueError(f"method.{name} belongs to the reward model: set it in rm.<name>.args")
+        self._check_estimator(preset)
         preset.loss_config()
         candidate_slots(preset.p_min, top_k=preset.top_k)  # raises for a rule that cannot be
         self.__dict__["method"] = asdict(preset)  # resolved: what config.json shows is what runs
         return self
+
+    def _check_estimator(self, preset: Preset) -> None:
+        """ValueError for settings that the estimator could not follow."""
+        estimator = preset.estimator
+        if estimator in ("td", "mc", "prime") and self.reward_model is None:
+            raise ValueError(
+                f"method.estimator = {estimator!r} needs a reward_model: it works on token rewards; got None"
+            )
+        if estimator == "prime" and preset.outcome != "rloo":
+            raise ValueError(f"method.outcome must be 'rloo' for method.estimator = 'prime'; got {preset.outcome!r}")
+        fixed = {"gae": (), "mc": ("lam",)}.get(estimator, ("gamma", "lam"))
+        for name in fixed:
+            if getattr(preset, name) != 1:
+                raise ValueError(
+                    f"method.{name} must be 1 for method.estimator = {estimator!r}, which does not use it; "
+                    f"got {getattr(preset, name)}"
+                )
 
     def resolved(self) -> Preset:
         """The preset with `method` applied."""
@@ -234,7 +317,18 @@ class Eval(Section):
     samples: Positive = Field(8, description="k of avg@k and pass@k")
     temperature: PositiveFloat = 0.6
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    benchmarks: dict[str, Source] = Field({}, description="further test data by name (paths), each evaluated whole")
+    rank_prompts: Annotated[int, Field(ge=0)] = Field(
+        0, description="answers that are cut and continued, to rank reward models by the outcomes; 0: none"
+    )
     traces: Annotated[int, Field(ge=0)] = Field(1000, description="labelled traces per format, built-in tasks only")
+
+    @model_validator(mode="after")
+    def _benchmarks_are_files(self):
+        tasks = [name for name, source in self.benchmarks.items() if source.task]
+        if tasks:
+            raise ValueError(f"benchmarks must have a path; got a task for {', '.join(tasks)}")
+        return self
 
 
 class Verifier(Section):
@@ -245,6 +339,13 @@ class Verifier(Section):
     )
     timeout_s: PositiveFloat = 5.0
     workers: Positive = 2
+
+
+class Leakage(Section):
+    """What to do about evaluation problems in the training data; looked for before training starts."""
+
+    action: Literal["refuse", "allow"] = Field("refuse", description="allow: report it and go on")
+    benchmarks: list[Source] = Field([], description="evaluation data besides `test`; only its prompts are read")
 
 
 class Config(Section):
@@ -264,14 +365,20 @@ class Config(Section):
     rm: dict[str, RewardModel] = {}
     rl: dict[str, Rl] = {}
     eval: Eval = Eval()
+    leakage: Leakage = Leakage()
     micro_batch_tokens: Positive = Field(16384, description="padded tokens per forward/backward pass")
     checkpoint_every: Positive = Field(20, description="steps between checkpoints of a training phase")
     wandb: bool = Field(False, description="also log to Weights & Biases (the package must be installed)")
 
     @model_validator(mode="after")
     def _phases_fit(self):
-        if self.rm and self.rollout is None:
-            raise ValueError("rm needs a [rollout] section: reward models train on the policy's own answers")
+        if self.rollout is None and any(rm.data is None for rm in self.rm.values()):
+            raise ValueError(
+                "rm needs a [rollout] section: reward models without chats of their own (rm.<name>.data) "
+                "train on the policy's own answers"
+            )
+        for name, rm in self.rm.items():
+            self._check_held_out(name, rm)
         if self.rollout and self.rollout.held_out >= self.rollout.prompts:
             raise ValueError(f"rollout.held_out must be < rollout.prompts = {self.rollout.prompts}")
         for name, rl in self.rl.items():
@@ -279,24 +386,58 @@ class Config(Section):
                 raise ValueError(
                     f"rl.{name}.reward_model.name must be one of {sorted(self.rm)}; got {rl.reward_model.name!r}"
                 )
-            if rl.reward_model and rl.reward_model.update != "none" and self.rm[rl.reward_model.name].build().pairwise:
-                raise ValueError(
-                    f"rl.{name}.reward_model.update must be 'none' for the pairwise objective "
-                    f"{self.rm[rl.reward_model.name].objective!r}; got {rl.reward_model.update!r}"
-                )
+            if rl.reward_model:
+                self._check_use(name, rl)
         for name in [*self.rm, *self.rl]:
             if not name.replace("_", "").replace("-", "").isalnum():
                 raise ValueError(f"names of reward models and policy runs become folders; got {name!r}")
         if "start" in self.rl:
             raise ValueError("rl.start must have another name: the evaluation calls the starting policy so")
+        if self.data.task and self.eval.benchmarks:
+            raise ValueError("eval.benchmarks are texts: they need data.path; got a built-in task")
         if self.data.task and self.test.task != self.data.task:
             raise ValueError(f"test.task must be data.task = {self.data.task!r}; got {self.test.task!r}")
         source = self.sft and (self.sft.data or self.data)
         if source and not (source.task or source.solution_column):
             raise ValueError("sft needs demonstrations: set solution_column in sft.data, or in data")
+        if any(rm.experts for rm in self.rm.values()) and not (self.data.task or self.data.solution_column):
+            raise ValueError("rm.<name>.experts needs demonstrations: set solution_column in data")
         if self.model.scratch and not self.data.task:
             raise ValueError("model.scratch has the characters of a built-in task: set data.task")
         return self
+
+    def _check_held_out(self, name: str, rm: RewardModel) -> None:
+        """ValueError for a reward model that could not be validated, or not be evaluated against its reference."""
+        if rm.data is None:
+            if rm.stop_metric and not self.rollout.held_out:
+                raise ValueError(f"rm.{name}.stop_metric needs held-out prompts: rollout.held_out must be > 0; got 0")
+            return
+        if rm.data.reference is None:
+            return
+        used = [key for key, rl in self.rl.items() if rl.reward_model and rl.reward_model.name == name]
+        if used or self.data.task or self.eval.rank_prompts:
+            where = f"rl.{used[0]}" if used else "`ipvrm eval`"
+            raise ValueError(
+                f"rm.{name}.data.reference must be left out: {where} takes the starting policy as the reference; "
+                f"got {rm.data.reference!r}"
+            )
+
+    def _check_use(self, name: str, rl: Rl) -> None:
+        """ValueError where a policy run asks its reward model for something that the objective does not have."""
+        used = self.rm[rl.reward_model.name]
+        objective = used.build()
+        if rl.reward_model.update != "none" and (objective.pairwise or not objective.trains):
+            raise ValueError(
+                f"rl.{name}.reward_model.update must be 'none' for the "
+                f"{'pairwise' if objective.pairwise else 'training-free'} objective {used.objective!r}; "
+                f"got {rl.reward_model.update!r}"
+            )
+        alpha = rl.resolved().alpha
+        if objective.head == "value" and alpha:
+            raise ValueError(
+                f"rl.{name}.method.alpha must be 0 for rm.{rl.reward_model.name} (objective {used.objective!r}): "
+                f"its value head scores sampled tokens only, there is no TD error of other tokens; got {alpha}"
+            )
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> Config:

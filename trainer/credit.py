@@ -14,9 +14,12 @@ from ipvrm_core import (
     difficulty_boundary,
     dynamic_loss_weights,
     linear_td_errors,
+    masked_step_advantages,
     outcome_advantages,
     prefix_values,
+    prime_advantages,
     process_advantages,
+    rloo_advantages,
     select_candidates,
     sigma_v,
     value_moments,
@@ -31,12 +34,15 @@ from ipvrm_core.trainer.config import RlRewardModel
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.models import head_of
 from ipvrm_core.trainer.optim import apply_step
-from ipvrm_core.trainer.reward import auc, backward_reward_loss
+from ipvrm_core.trainer.reward import auc, backward_reward_loss, scores
 
 
 @dataclass(frozen=True)
 class Credit:
-    """What the policy update needs, per response token. delta_NK and values_N are None without a reward model."""
+    """What the policy update needs, per response token.
+
+    delta_NK is None without a reward model or where it scores sampled tokens only, values_N without a reward model.
+    """
 
     cu_seqlens: Tensor
     old_logprobs_N: Tensor
@@ -55,32 +61,38 @@ def assign(
     old: "OldPolicy",
     reward_model: nn.Module | None,
     objective: Objective | None,
+    ref_logprobs_N: Tensor | None = None,
 ) -> Credit:
-    """A_t = outcome + gae_coef * A_GAE for the sampled tokens, delta for the candidates."""
+    """A_t = outcome + gae_coef * process for the sampled tokens, delta for the candidates.
+
+    ref_logprobs_N: of the starting policy, for the self-guided masked step advantage (SPRO) without a reward model.
+    """
     total = len(old.logprobs_N)
-    outcome_B = outcome_advantages(batch.rewards_B, batch.groups_B)
-    advantages_N = expand(outcome_B, old.cu_seqlens, total)
+    advantages_N = expand(_outcome(preset, batch), old.cu_seqlens, total)
     if reward_model is None:
+        if preset.estimator == "msa":
+            own_N = old.logprobs_N - ref_logprobs_N
+            advantages_N = advantages_N + preset.gae_coef * masked_step_advantages(
+                own_N, old.cu_seqlens, batch.groups_B
+            )
         return Credit(old.cu_seqlens, old.logprobs_N, advantages_N, None, None, None, old.numbers)
 
-    delta_N, delta_NK = _td_errors(experiment, reward_model, batch, old, objective.beta)
+    delta_N, delta_NK = _td_errors(experiment, reward_model, batch, old, objective)
     last_N = torch.zeros(total, dtype=torch.bool, device=advantages_N.device)
     last_N[old.cu_seqlens[1:] - 1] = True
     values_N = prefix_values(delta_N, old.cu_seqlens, beta=1.0)  # beta is in delta already
-    if preset.candidate_baseline == "mean":
+    if preset.candidate_baseline == "mean" and delta_NK is not None:
         delta_NK = center_on_candidates(delta_NK, old.candidates.ids_NK, old.candidates.logprobs_NK)
     if preset.skip_last_token:
         delta_N = delta_N.masked_fill(last_N, 0.0)
     sigma = sigma_v(value_moments(values_N), preset.sigma_form)
-    process_N = process_advantages(
-        delta_N,
-        old.cu_seqlens,
-        batch.groups_B,
-        normalize=preset.gae_normalize,
-        sigma=sigma,
-        gamma=preset.gamma,
-        lam=preset.lam,
-    )
+    if preset.estimator == "prime":  # whitens outcome and process together
+        advantages_N = process_N = prime_advantages(
+            delta_N, batch.rewards_B, old.cu_seqlens, batch.groups_B, coef=preset.gae_coef
+        )
+    else:
+        process_N = _process(preset, delta_N, sigma, old.cu_seqlens, batch.groups_B)
+        advantages_N = advantages_N + preset.gae_coef * process_N
     numbers = {
         **old.numbers,
         "sigma_v": sigma.item(),
@@ -88,9 +100,10 @@ def assign(
         "rm_accuracy": ((values_N[last_N] > 0) == (batch.rewards_B > 0)).float().mean().item(),
         "rm_score_per_token": delta_N.mean().item(),
         "gae_std": _std(process_N),
-        "candidate_td_std": _std((delta_NK / sigma)[old.candidates.ids_NK >= 0]) if preset.alpha else 0.0,
     }
-    advantages_N = advantages_N + preset.gae_coef * process_N
+    if delta_NK is not None:
+        shown = old.candidates.ids_NK >= 0
+        numbers["candidate_td_std"] = _std((delta_NK / sigma)[shown]) if preset.alpha else 0.0
     return Credit(
         old.cu_seqlens,
         old.logprobs_N,
@@ -99,6 +112,31 @@ def assign(
         delta_NK,
         values_N,
         {name: value for name, value in numbers.items() if value is not None},
+    )
+
+
+def _outcome(preset: Preset, batch: Collected) -> Tensor:
+    """The advantage of a whole answer, [B]: GRPO, RLOO, or the reward itself (REINFORCE without a baseline)."""
+    if preset.outcome == "grpo":
+        return outcome_advantages(batch.rewards_B, batch.groups_B)
+    return rloo_advantages(batch.rewards_B, batch.groups_B) if preset.outcome == "rloo" else batch.rewards_B
+
+
+def _process(preset: Preset, delta_N: Tensor, sigma: Tensor, cu_seqlens: Tensor, groups_B: Tensor) -> Tensor:
+    """The advantage of each token, [N]. td: the normalised error itself; mc: their suffix sum; gae: between the two."""
+    if preset.estimator == "none":
+        return torch.zeros_like(delta_N)
+    if preset.estimator == "msa":
+        return masked_step_advantages(delta_N, cu_seqlens, groups_B)
+    lam = {"td": 0.0, "mc": 1.0, "gae": preset.lam}[preset.estimator]
+    return process_advantages(
+        delta_N,
+        cu_seqlens,
+        groups_B,
+        normalize=preset.gae_normalize,
+        sigma=sigma,
+        gamma=preset.gamma,
+        lam=lam,
     )
 
 
@@ -151,18 +189,24 @@ def old_policy(experiment: Experiment, model: nn.Module, preset: Preset, batch: 
 
 
 def _td_errors(
-    experiment: Experiment, model: nn.Module, batch: Collected, old: OldPolicy, beta: float
-) -> tuple[Tensor, Tensor]:
-    """delta of the sampled tokens [N] and of the candidates [N, K], in one pass of the reward model."""
+    experiment: Experiment, model: nn.Module, batch: Collected, old: OldPolicy, objective: Objective
+) -> tuple[Tensor, Tensor | None]:
+    """delta of the sampled tokens [N] and of the candidates [N, K], in one pass of the reward model.
+
+    With a value head, beta times the scores of the sampled tokens, and None.
+    """
+    model.eval()
+    if objective.head == "value":
+        return objective.beta * scores(experiment, model, objective, batch.answers), None
     head, temperature = head_of(model), experiment.config.generation.temperature
     old_NK = torch.cat([old.logprobs_N[:, None], old.candidates.logprobs_NK], dim=1)
+    old_NK = old_NK if objective.reference else torch.zeros_like(old_NK)
 
     def function(hidden_ND, tokens, rows):
         ids_NK = torch.cat([tokens.targets_N[:, None], old.candidates.ids_NK[rows]], dim=1)
         options = {"temperature": temperature, **head.options}
-        return (linear_td_errors(hidden_ND, head.weight, ids_NK, old_NK[rows], beta, **options),)
+        return (linear_td_errors(hidden_ND, head.weight, ids_NK, old_NK[rows], objective.beta, **options),)
 
-    model.eval()
     delta_NK = map_rows(model, batch.answers, experiment.config.micro_batch_tokens, function)[0]
     return delta_NK[:, 0], delta_NK[:, 1:]
 
@@ -179,10 +223,17 @@ def update_reward_model(
     cu_seqlens: Tensor,
     step: int,
     total: int,
+    policy_logprobs_N: Tensor | None = None,
 ) -> dict[str, float]:
-    """One online pass over the batch with the difficulty boundary and the dynamic loss weights (paper eq. 15)."""
-    weights_B = dynamic_loss_weights(batch.rewards_B, batch.group_mean_B, preset.dlw_scale)
-    boundary_B = difficulty_boundary(batch.group_mean_B)
+    """One online pass over the batch with the difficulty boundary and the dynamic loss weights (paper eq. 15).
+
+    Both only where the objective takes them. policy_logprobs_N: log pi_old, where the reference is another.
+    """
+    weights_B = torch.ones_like(batch.rewards_B)
+    if objective.dynamic_weights:
+        weights_B = dynamic_loss_weights(batch.rewards_B, batch.group_mean_B, preset.dlw_scale)
+    boundary_B = difficulty_boundary(batch.group_mean_B) if objective.boundary else None
+    policy_logprobs_N = ref_logprobs_N if policy_logprobs_N is None else policy_logprobs_N
     order = torch.randperm(len(batch.answers)).tolist()
     bounds = cu_seqlens.tolist()
     model.train()
@@ -199,7 +250,8 @@ def update_reward_model(
                 ref_logprobs_N[rows_N],
                 batch.rewards_B[index],
                 weights_B[index] / len(index),
-                boundary_B[index],
+                None if boundary_B is None else boundary_B[index],
+                policy_logprobs_N[rows_N],
             )
         )
         norm = apply_step(optimizer, settings.optim, step, total)

@@ -86,6 +86,10 @@ class Experiment:
             return make_task(source.task, **source.task_args).examples(0, "test", 0, count)
         return self._read(source)[:count]
 
+    def source_examples(self, source: Source) -> list[Example]:
+        """All examples of a file or data set."""
+        return self._read(source)
+
     def _read(self, source: Source) -> list[Example]:
         key = source.model_dump_json()
         if key not in self._rows:
@@ -101,6 +105,7 @@ class Experiment:
                 prompt_template=source.prompt_template,
                 answer_pattern=source.answer_pattern,
                 limit=source.limit,
+                meta=[source.group_column] if source.group_column else [],
             )
         return self._rows[key]
 

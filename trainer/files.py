@@ -17,13 +17,18 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
-def write_text(path: Path, text: str) -> None:
-    """The whole text or nothing."""
+def write_file(path: Path, fill: Callable[[Path], None]) -> None:
+    """`fill` a temporary file, flush it to disk, rename it to `path`."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two phases may start side by side
-    temporary.write_text(text)
+    fill(temporary)
     _fsync(temporary)
     os.replace(temporary, path)
     _fsync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """The whole text or nothing."""
+    write_file(path, lambda target: target.write_text(text))
 
 
 def write_json(path: Path, value) -> None:

@@ -1,9 +1,12 @@
 """Models and tokenizers: load or make them, reach hidden states and head, save them as Hugging Face folders."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ipvrm_core import linear_logprobs
@@ -73,7 +76,11 @@ def load_pretrained(path: str | Path, dtype: str = "float32", gguf_file: str | N
 
     settings = {"dtype": getattr(torch, dtype)}
     if not gguf_file:
-        return AutoModelForCausalLM.from_pretrained(path, **settings)
+        model = AutoModelForCausalLM.from_pretrained(path, **settings)
+        saved = Path(path) / VALUE_HEAD
+        if saved.exists():
+            add_value_head(model).load_state_dict(load_file(saved))
+        return model
     quantization = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         path, gguf_file=gguf_file, quantization_config=quantization, **settings
@@ -101,13 +108,44 @@ def add_lora(model: nn.Module, lora: Lora) -> nn.Module:
         target_modules=lora.target_modules,
         task_type="CAUSAL_LM",
     )
-    wrapped = get_peft_model(model, config)
+    with _without_value_head(model):  # PEFT would freeze it, and put adapters on it
+        wrapped = get_peft_model(model, config)
     if any("lora_" in name for name, _ in wrapped.get_output_embeddings().named_parameters()):
         raise ValueError(f"lora.target_modules must not reach the output head; got {lora.target_modules!r}")
     for parameter in wrapped.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     return wrapped
+
+
+VALUE_HEAD = "value_head.safetensors"  # beside the weights of a model that has one
+
+
+def add_value_head(model: nn.Module) -> nn.Linear:
+    """A trainable scalar on the last hidden state, float32, zero at the start: an explicit score of each token."""
+    weight = head_of(model).weight
+    head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=torch.float32)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    causal_lm(model).value_head = head
+    return head
+
+
+def value_scores(model: nn.Module, hidden_ND: Tensor) -> Tensor:
+    """The value head's scores [N], from hidden states [N, D]."""
+    head = causal_lm(model).value_head
+    return (hidden_ND.to(head.weight.dtype) @ head.weight.T + head.bias)[:, 0]
+
+
+@contextmanager
+def _without_value_head(model: nn.Module) -> Iterator[nn.Linear | None]:
+    """The model as its own class knows it; the head is back afterwards."""
+    head = model._modules.pop("value_head", None)
+    try:
+        yield head
+    finally:
+        if head is not None:
+            model.value_head = head
 
 
 def causal_lm(model: nn.Module) -> nn.Module:
@@ -170,7 +208,10 @@ def save_model(model: nn.Module, tokenizer, path: Path) -> None:
         model = model.merge_and_unload()
 
     def fill(target: Path) -> None:
-        model.save_pretrained(target)
+        with _without_value_head(model) as value_head:
+            model.save_pretrained(target)
+        if value_head is not None:
+            save_file(value_head.state_dict(), target / VALUE_HEAD)
         tokenizer.save_pretrained(target)
 
     write_folder(path, fill)

@@ -31,8 +31,8 @@ def jobs_of(config: Config) -> list[Job]:
         start = ("sft",)
     if config.rollout:
         jobs.append(Job("rollout", ("rollout",), start))
-    for name in config.rm:
-        jobs.append(Job(f"rm.{name}", ("train-rm", "--name", name), ("rollout",)))
+    for name, rm in config.rm.items():
+        jobs.append(Job(f"rm.{name}", ("train-rm", "--name", name), start if rm.data else ("rollout",)))
     for name, rl in config.rl.items():
         needs = (f"rm.{rl.reward_model.name}",) if rl.reward_model else start
         jobs.append(Job(f"rl.{name}", ("distrl", "--name", name), needs))

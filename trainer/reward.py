@@ -1,4 +1,4 @@
-"""A reward model at work: its log-ratios, its loss on a batch, and how well it ranks answers."""
+"""A reward model at work: its token scores, its loss on a batch, and how well it ranks answers."""
 
 from collections.abc import Sequence
 
@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from ipvrm_core import linear_logprobs
 from ipvrm_core.objectives import Objective, RewardBatch
-from ipvrm_core.packing import lengths_of
+from ipvrm_core.packing import cu_seqlens_from_lengths, lengths_of
 from ipvrm_core.trainer.batching import Answer, TokenBatch, map_rows, micro_batches, response_hidden
 from ipvrm_core.trainer.experiment import Experiment
-from ipvrm_core.trainer.models import head_of
+from ipvrm_core.trainer.models import head_of, value_scores
 
 
 def sampled_logprobs(experiment: Experiment, model: nn.Module, answers: Sequence[Answer]) -> Tensor:
@@ -30,6 +30,33 @@ def _logprobs(experiment: Experiment, model: nn.Module):
     return function
 
 
+def scores(
+    experiment: Experiment,
+    model: nn.Module,
+    objective: Objective,
+    answers: Sequence[Answer],
+    ref_logprobs_N: Tensor | None = None,
+) -> Tensor:
+    """What the objective sees of every response token, packed [N], no gradient: log-ratios, log-probs or values.
+
+    ref_logprobs_N is needed where `objective.reference` says so and the head is the vocabulary's.
+    """
+    limit, after = experiment.config.micro_batch_tokens, objective.head == "value"
+    score_N = map_rows(model, answers, limit, _scores(experiment, model, objective), after=after)[0]
+    return score_N - ref_logprobs_N if needs_reference(objective) else score_N
+
+
+def needs_reference(objective: Objective) -> bool:
+    """Whether its scores are differences to a reference's log-probs."""
+    return objective.head == "vocabulary" and objective.reference
+
+
+def _scores(experiment: Experiment, model: nn.Module, objective: Objective):
+    if objective.head == "vocabulary":
+        return _logprobs(experiment, model)
+    return lambda hidden_ND, batch, _=None: (value_scores(model, hidden_ND),)
+
+
 def backward_reward_loss(
     experiment: Experiment,
     model: nn.Module,
@@ -39,26 +66,35 @@ def backward_reward_loss(
     labels_B: Tensor,
     weights_B: Tensor,
     boundary_B: Tensor | None = None,
+    policy_logprobs_N: Tensor | None = None,
 ) -> float:
     """Accumulate the gradient of sum_b w_b loss_b over micro-batches; returns the loss.
 
     A pairwise objective takes sequences (2 p, 2 p + 1) as winner and loser of pair p, which are never cut apart, and
-    weighs the pair by twice the winner's weight.
+    weighs the pair by twice the winner's weight. One that reweighs scores all answers first, in a pass of its own;
+    policy_logprobs_N are those of the policy that sampled the answers (None: the reference is that policy).
     """
-    logprobs = _logprobs(experiment, model)
+    function = _scores(experiment, model, objective)
+    if objective.reweighs:
+        policy_N = ref_logprobs_N if policy_logprobs_N is None else policy_logprobs_N
+        cu_seqlens = cu_seqlens_from_lengths(torch.tensor([len(answer.response_ids) for answer in answers]))
+        score_N = scores(experiment, model, objective, answers, ref_logprobs_N)
+        weights_B = objective.reweigh(score_N, policy_N, cu_seqlens.to(labels_B.device), labels_B, weights_B)
     unit = 2 if objective.pairwise else 1
     total, row = 0.0, 0
     for part in _parts(answers, experiment.config.micro_batch_tokens, unit):
-        batch = TokenBatch.make(answers[part], experiment.device)
+        batch = TokenBatch.make(answers[part], experiment.device, after=objective.head == "value")
         rows = slice(row, row + len(batch.targets_N))
         row = rows.stop
         with experiment.accelerator.autocast():
             hidden = response_hidden(model, batch)
-        log_ratio_N = logprobs(hidden, batch)[0] - ref_logprobs_N[rows]
+        score_N = function(hidden, batch)[0]
+        if needs_reference(objective):
+            score_N = score_N - ref_logprobs_N[rows]
         count = part.stop - part.start
         pairs = torch.arange(count, device=experiment.device).view(-1, 2) if objective.pairwise else None
         loss = objective.loss(
-            log_ratio_N,
+            score_N,
             RewardBatch(
                 cu_seqlens=batch.cu_seqlens,
                 labels_B=labels_B[part],
@@ -81,9 +117,9 @@ def _parts(answers: Sequence[Answer], max_tokens: int, unit: int):
         yield slice(part.start * unit, part.stop * unit)
 
 
-def answer_scores(log_ratio_N: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+def answer_scores(score_N: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
     """(sum_t q_t, mean_t q_t) of every answer: [N] -> [B], [B]. beta only scales them."""
-    sums_B = torch.stack([piece.sum() for piece in log_ratio_N.split(lengths_of(cu_seqlens).tolist())])
+    sums_B = torch.stack([piece.sum() for piece in score_N.split(lengths_of(cu_seqlens).tolist())])
     return sums_B, sums_B / lengths_of(cu_seqlens)
 
 

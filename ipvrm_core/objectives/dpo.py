@@ -18,8 +18,8 @@ class Dpo(Objective):
 
     beta: float = 0.05
 
-    def loss(self, log_ratio_N: Tensor, batch: RewardBatch) -> Tensor:
+    def loss(self, score_N: Tensor, batch: RewardBatch) -> Tensor:
         if batch.pairs_P2 is None or batch.pair_weights_P is None:
             raise ValueError("objective 'dpo' needs pairs_P2 and pair_weights_P in the batch; got None")
-        per_pair_P = dpo_reward_loss(log_ratio_N, batch.cu_seqlens, batch.pairs_P2, beta=self.beta)
+        per_pair_P = dpo_reward_loss(score_N, batch.cu_seqlens, batch.pairs_P2, beta=self.beta)
         return (batch.pair_weights_P * per_pair_P).sum()

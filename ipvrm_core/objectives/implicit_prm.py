@@ -17,6 +17,6 @@ class ImplicitPrm(Objective):
 
     beta: float = 0.05
 
-    def loss(self, log_ratio_N: Tensor, batch: RewardBatch) -> Tensor:
-        per_sequence_B = implicit_prm_loss(log_ratio_N, batch.cu_seqlens, batch.labels_B, beta=self.beta)
+    def loss(self, score_N: Tensor, batch: RewardBatch) -> Tensor:
+        per_sequence_B = implicit_prm_loss(score_N, batch.cu_seqlens, batch.labels_B, beta=self.beta)
         return (batch.weights_B * per_sequence_B).sum()

@@ -18,14 +18,15 @@ class Ipvrm(Objective):
     """
 
     name: ClassVar[str] = "ipvrm"
+    boundary: ClassVar[bool] = True
 
     beta: float = 10.0
     margin: float = 5.0
     weighting: Weighting = "uniform"
 
-    def loss(self, log_ratio_N: Tensor, batch: RewardBatch) -> Tensor:
+    def loss(self, score_N: Tensor, batch: RewardBatch) -> Tensor:
         per_sequence_B = ipvrm_loss(
-            log_ratio_N,
+            score_N,
             batch.cu_seqlens,
             batch.labels_B,
             beta=self.beta,

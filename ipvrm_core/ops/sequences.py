@@ -64,6 +64,28 @@ def process_advantages(
     )
 
 
+def prime_advantages(
+    token_rewards_N: Tensor,
+    rewards_B: Tensor,
+    cu_seqlens: Tensor,
+    groups_B: Tensor,
+    *,
+    coef: float = 1.0,
+    backend: str = "auto",
+) -> Tensor:
+    """Whitened suffix sums of RLOO process and outcome rewards (PRIME): [N] -> [N]."""
+    segments = segments_for(backend, token_rewards_N)
+    return advantages.prime_advantages(token_rewards_N, rewards_B, cu_seqlens, groups_B, coef=coef, segments=segments)
+
+
+def masked_step_advantages(
+    token_rewards_N: Tensor, cu_seqlens: Tensor, groups_B: Tensor, *, backend: str = "auto"
+) -> Tensor:
+    """R_t minus the mean of R_t over the group's sequences that reach t, R the running sum (SPRO): [N] -> [N]."""
+    segments = segments_for(backend, token_rewards_N)
+    return advantages.masked_step_advantages(token_rewards_N, cu_seqlens, groups_B, segments=segments)
+
+
 def ipvrm_loss(
     log_ratio_N: Tensor,
     cu_seqlens: Tensor,
@@ -103,3 +125,46 @@ def dpo_reward_loss(
     """loss_p = -log sigmoid(beta (Q_w - Q_l)), Q = sum_t q_t: [P]. pairs_P2[p] = (winner, loser) sequence numbers."""
     segments = segments_for(backend, log_ratio_N)
     return reward_losses.dpo_reward_loss(log_ratio_N, cu_seqlens, pairs_P2, beta=beta, segments=segments)
+
+
+def qrm_loss(
+    score_N: Tensor,
+    cu_seqlens: Tensor,
+    pairs_P2: Tensor,
+    *,
+    beta: float = 0.2,
+    margin: float = 2.0,
+    backend: str = "auto",
+) -> Tensor:
+    """loss_p = -log sigmoid(beta (Zbar_w - Zbar_l) - margin), Zbar the mean token score: [P]."""
+    segments = segments_for(backend, score_N)
+    return reward_losses.qrm_loss(score_N, cu_seqlens, pairs_P2, beta=beta, margin=margin, segments=segments)
+
+
+def repirl_loss(reward_N: Tensor, cu_seqlens: Tensor, labels_B: Tensor, *, backend: str = "auto") -> Tensor:
+    """loss_b = -rbar for experts (label 1), rbar for failed rollouts (label 0), rbar the mean token reward: [B]."""
+    return reward_losses.repirl_loss(reward_N, cu_seqlens, labels_B, segments=segments_for(backend, reward_N))
+
+
+def repirl_weights(
+    reward_N: Tensor,
+    policy_logprobs_N: Tensor,
+    cu_seqlens: Tensor,
+    labels_B: Tensor,
+    weights_B: Tensor,
+    *,
+    length: reward_losses.WeightLength = "mean",
+    expert_share: reward_losses.ExpertShare = "batch",
+    backend: str = "auto",
+) -> Tensor:
+    """exp(r(tau)) / pi_theta(tau) over its sum for failed rollouts, the experts' share for the others: [B]."""
+    return reward_losses.repirl_weights(
+        reward_N,
+        policy_logprobs_N,
+        cu_seqlens,
+        labels_B,
+        weights_B,
+        length=length,
+        expert_share=expert_share,
+        segments=segments_for(backend, reward_N),
+    )

@@ -9,10 +9,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ipvrm_core.packing import check_cu_seqlens
+from ipvrm_core.packing import check_cu_seqlens, lengths_of, positions
 from ipvrm_core.reference import segments as torch_segments
-from ipvrm_core.reference.segments import moments_within
+from ipvrm_core.reference.segments import expand, moments_within
 
+Outcome = Literal["grpo", "rloo", "reinforce"]
+Estimator = Literal["gae", "mc", "td", "prime", "msa", "none"]
 SigmaForm = Literal["std_plus_eps", "floored_std"]
 Normalize = Literal["group", "batch"]
 
@@ -76,6 +78,22 @@ def outcome_advantages(rewards_B: Tensor, groups_B: Tensor) -> Tensor:
     return torch.where(uniform_B, 0.0, (rewards_B - mean_B) / torch.where(uniform_B, 1.0, std_B))
 
 
+def rloo_advantages(rewards_B: Tensor, groups_B: Tensor) -> Tensor:
+    """A_i = R_i - mean_{j != i} R_j within the group, 0 for a group of one: [B] (RLOO)."""
+    if not rewards_B.is_floating_point():
+        rewards_B = rewards_B.to(torch.float32)
+    total_B, size_B = _group_sums(rewards_B, groups_B)
+    others_B = (total_B - rewards_B) / (size_B - 1).clamp(min=1)
+    return torch.where(size_B > 1, rewards_B - others_B, 0.0)
+
+
+def _group_sums(x_B: Tensor, groups_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum and size of each element's group: [B] -> [B], [B]."""
+    index_B = groups_B.unique(return_inverse=True)[1]
+    size_G = index_B.bincount().to(x_B.dtype)
+    return torch.zeros_like(size_G).index_add(0, index_B, x_B)[index_B], size_G[index_B]
+
+
 def group_normalize(
     x_N: Tensor, cu_seqlens: Tensor, groups_B: Tensor, eps: float = 1e-6, *, segments: ModuleType = torch_segments
 ) -> Tensor:
@@ -132,6 +150,50 @@ def process_advantages(
         scaled_N = (delta_N - delta_N.mean()) / sigma.to(delta_N.dtype)
         return whiten(gae(scaled_N, cu_seqlens, gamma, lam, segments=segments))
     raise ValueError(f"normalize must be 'group' or 'batch'; got {normalize!r}")
+
+
+def prime_advantages(
+    token_rewards_N: Tensor,
+    rewards_B: Tensor,
+    cu_seqlens: Tensor,
+    groups_B: Tensor,
+    *,
+    coef: float = 1.0,
+    segments: ModuleType = torch_segments,
+) -> Tensor:
+    """whiten(RLOO outcome + coef * suffix sum of the RLOO token rewards): [N] -> [N] (PRIME, 2502.01456).
+
+    r_t, divided by the batch's largest |suffix sum|, becomes r_t n/(n-1) - sum_j mean_t(r_j)/(n-1) over the group's n
+    answers; the outcome, at the last token, is a constant of the answer after the suffix sum. Groups of one: 0.
+    """
+    check_cu_seqlens(cu_seqlens, len(token_rewards_N))
+    check_groups(groups_B, cu_seqlens)
+    total = len(token_rewards_N)
+    largest = segments.segment_reverse_scan(token_rewards_N, cu_seqlens).abs().amax() if total else 0.0
+    scaled_N = token_rewards_N / (largest + 1e-6)
+    mean_B = segments.segment_sum(scaled_N, cu_seqlens) / lengths_of(cu_seqlens).clamp(min=1)
+    total_B, size_B = _group_sums(mean_B, groups_B)
+    several_B, others_B = size_B > 1, (size_B - 1).clamp(min=1)
+    factor_B, baseline_B = torch.where(several_B, size_B / others_B, 0.0), torch.where(several_B, total_B / others_B, 0)
+    process_N = scaled_N * expand(factor_B, cu_seqlens, total) - expand(baseline_B, cu_seqlens, total)
+    outcome_B = rloo_advantages(rewards_B, groups_B).to(scaled_N.dtype)
+    return whiten(expand(outcome_B, cu_seqlens, total) + coef * segments.segment_reverse_scan(process_N, cu_seqlens))
+
+
+def masked_step_advantages(
+    token_rewards_N: Tensor, cu_seqlens: Tensor, groups_B: Tensor, *, segments: ModuleType = torch_segments
+) -> Tensor:
+    """R_t - mean of R_t over the group's sequences that reach t, R_t = sum_{u <= t} r_u: [N] -> [N].
+
+    The masked step advantage of SPRO (2507.01551, eq. 11 and 12), there with r = beta log pi_theta / pi_ref.
+    """
+    check_cu_seqlens(cu_seqlens, len(token_rewards_N))
+    check_groups(groups_B, cu_seqlens)
+    total = len(token_rewards_N)
+    running_N = segments.segment_cumsum(token_rewards_N, cu_seqlens)
+    steps_N = positions(cu_seqlens, total)
+    index_B = groups_B.unique(return_inverse=True)[1]
+    return running_N - moments_within(running_N, expand(index_B, cu_seqlens, total) * (total + 1) + steps_N)[0]
 
 
 def check_groups(groups_B: Tensor, cu_seqlens: Tensor) -> None:

@@ -1,6 +1,7 @@
-"""Losses of implicit reward models, one value per sequence (or pair); the caller weighs and sums them.
+"""Losses of reward models, one value per sequence (or pair); the caller weighs and sums them.
 
-Shape letters: N packed response tokens, B sequences, P pairs. All take q_t = log pi_phi - log pi_ref as `log_ratio_N`.
+Shape letters: N packed response tokens, B sequences, P pairs. Implicit ones take q_t = log pi_phi - log pi_ref as
+`log_ratio_N`, explicit ones their token scores.
 """
 
 from types import ModuleType
@@ -16,6 +17,8 @@ from ipvrm_core.reference.segments import expand
 from ipvrm_core.reference.values import mean_prefix_values
 
 Weighting = Literal["uniform", "early", "late"]
+WeightLength = Literal["mean", "sum"]
+ExpertShare = Literal["batch", "experts"]
 
 
 def prefix_weights(cu_seqlens: Tensor, total: int, weighting: Weighting, dtype=torch.float32) -> Tensor:
@@ -115,10 +118,87 @@ def dpo_reward_loss(
 ) -> Tensor:
     """loss_p = -log sigmoid(beta (Q_w - Q_l)), Q = sum_t q_t: [P]. pairs_P2[p] = (winner, loser) sequence numbers."""
     check_cu_seqlens(cu_seqlens, len(log_ratio_N))
-    if pairs_P2.dim() != 2 or pairs_P2.shape[1] != 2:
-        raise ValueError(f"pairs must be [P, 2]; got shape {tuple(pairs_P2.shape)}")
+    check_pairs(pairs_P2)
     score_B = segments.segment_sum(log_ratio_N, cu_seqlens)
     return -F.logsigmoid(beta * (score_B[pairs_P2[:, 0]] - score_B[pairs_P2[:, 1]]))
+
+
+def qrm_loss(
+    score_N: Tensor,
+    cu_seqlens: Tensor,
+    pairs_P2: Tensor,
+    *,
+    beta: float = 0.2,
+    margin: float = 2.0,
+    segments: ModuleType = torch_segments,
+) -> Tensor:
+    """loss_p = -log sigmoid(beta (Zbar_w - Zbar_l) - margin), Zbar the mean token score: [P] (Q-RM, 2505.23363)."""
+    check_cu_seqlens(cu_seqlens, len(score_N))
+    check_pairs(pairs_P2)
+    mean_B = mean_scores(score_N, cu_seqlens, segments)
+    return -F.logsigmoid(beta * (mean_B[pairs_P2[:, 0]] - mean_B[pairs_P2[:, 1]]) - margin)
+
+
+def repirl_loss(
+    reward_N: Tensor, cu_seqlens: Tensor, labels_B: Tensor, *, segments: ModuleType = torch_segments
+) -> Tensor:
+    """loss_b = -rbar for experts (label 1), rbar for failed rollouts (label 0), rbar the mean token reward: [B].
+
+    Weigh it with `repirl_weights` (rePIRL, 2602.07832).
+    """
+    check_cu_seqlens(cu_seqlens, len(reward_N))
+    check_labels(labels_B, cu_seqlens)
+    return (1 - 2 * labels_B.to(reward_N.dtype)) * mean_scores(reward_N, cu_seqlens, segments)
+
+
+def repirl_weights(
+    reward_N: Tensor,
+    policy_logprobs_N: Tensor,
+    cu_seqlens: Tensor,
+    labels_B: Tensor,
+    weights_B: Tensor,
+    *,
+    length: WeightLength = "mean",
+    expert_share: ExpertShare = "batch",
+    segments: ModuleType = torch_segments,
+) -> Tensor:
+    """Failed: exp(r(tau)) / pi_theta(tau) over its sum, from log space; experts: see expert_share. [B], no gradient.
+
+    Takes the whole batch of an optimiser step, for the weights share one normaliser. length: r(tau) and
+    log pi_theta(tau) as means over the tokens, or sums. expert_share: "batch" leaves weights_B (1/B), "experts" divides
+    by their sum over the experts. Without failed rollouts the policy term is empty, without experts the other one.
+    """
+    if length not in ("mean", "sum"):
+        raise ValueError(f"length must be 'mean' or 'sum'; got {length!r}")
+    if expert_share not in ("batch", "experts"):
+        raise ValueError(f"expert_share must be 'batch' or 'experts'; got {expert_share!r}")
+    check_cu_seqlens(cu_seqlens, len(reward_N))
+    check_labels(labels_B, cu_seqlens)
+    if policy_logprobs_N.shape != reward_N.shape:
+        raise ValueError(
+            f"policy_logprobs must be [N] = {tuple(reward_N.shape)}; got shape {tuple(policy_logprobs_N.shape)}"
+        )
+    difference_N = (reward_N - policy_logprobs_N.to(reward_N.dtype)).detach()
+    log_B = mean_scores(difference_N, cu_seqlens, segments)
+    if length == "sum":
+        log_B = log_B * lengths_of(cu_seqlens)
+    expert_B = labels_B > 0
+    failed_B = log_B.masked_fill(expert_B, -torch.inf).softmax(0)  # nan without failed rollouts, and then not taken
+    expert_weights_B = weights_B.to(log_B.dtype) * expert_B
+    if expert_share == "experts":
+        expert_weights_B = expert_weights_B / expert_weights_B.sum().clamp(min=torch.finfo(log_B.dtype).tiny)
+    return torch.where(expert_B, expert_weights_B, failed_B)
+
+
+def mean_scores(score_N: Tensor, cu_seqlens: Tensor, segments: ModuleType = torch_segments) -> Tensor:
+    """(1/T) sum_t score_t of every sequence, 0 for an empty one: [N] -> [B]."""
+    return segments.segment_sum(score_N, cu_seqlens) / lengths_of(cu_seqlens).clamp(min=1)
+
+
+def check_pairs(pairs_P2: Tensor) -> None:
+    """(winner, loser) sequence numbers."""
+    if pairs_P2.dim() != 2 or pairs_P2.shape[1] != 2:
+        raise ValueError(f"pairs must be [P, 2]; got shape {tuple(pairs_P2.shape)}")
 
 
 def check_labels(labels_B: Tensor, cu_seqlens: Tensor) -> None:

@@ -51,9 +51,9 @@ def load_examples(
     pattern = _compiled(answer_pattern)
     source = Path(path_or_name).stem
     examples, dropped = [], 0
-    for index, row in enumerate(islice(_rows(path_or_name, split, config), limit)):
+    for index, row in enumerate(islice(read_rows(path_or_name, split, config), limit)):
         where = f"{path_or_name}, row {index}"
-        if drop_unanswered and "answer" in columns and _is_blank(_cell(row, columns["answer"], where)):
+        if drop_unanswered and "answer" in columns and _is_blank(cell(row, columns["answer"], where)):
             dropped += 1
             continue
         examples.append(
@@ -62,7 +62,7 @@ def load_examples(
                 prompt=_prompt(row, columns["prompt"], prompt_template, where),
                 answer=_answer(row, columns.get("answer"), pattern, where),
                 solution=_solution(row, columns.get("solution"), where),
-                meta={name: _cell(row, name, where) for name in meta},
+                meta={name: cell(row, name, where) for name in meta},
             )
         )
     if dropped:
@@ -102,7 +102,7 @@ def _compiled(answer_pattern: str | None) -> re.Pattern[str] | None:
     return pattern
 
 
-def _rows(path_or_name: str | Path, split: str | None, config: str | None) -> Iterable[dict[str, Any]]:
+def read_rows(path_or_name: str | Path, split: str | None, config: str | None) -> Iterable[dict[str, Any]]:
     path = Path(path_or_name)
     reader = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}.get(path.suffix)
     if reader is None:
@@ -160,7 +160,7 @@ def _hub_rows(name: str, split: str | None, config: str | None) -> Iterable[dict
     return datasets.load_dataset(name, config, split=split)
 
 
-def _cell(row: Mapping[str, Any], column: str, where: str) -> Any:
+def cell(row: Mapping[str, Any], column: str, where: str) -> Any:
     """The value at a column name or, where no column has that name, at a dotted path."""
     if column in row:
         return row[column]
@@ -181,18 +181,18 @@ def _paths(row: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def _id(row: Mapping[str, Any], column: str | None, default: str, where: str) -> str:
-    return default if column is None else as_text(_cell(row, column, where), f"{where}, column {column!r}")
+    return default if column is None else as_text(cell(row, column, where), f"{where}, column {column!r}")
 
 
 def _prompt(
     row: Mapping[str, Any], column: str | Sequence[str], template: str | None, where: str
 ) -> str | tuple[dict[str, str], ...]:
     names = [column] if isinstance(column, str) else list(column)
-    values = [_cell(row, name, where) for name in names]
+    values = [cell(row, name, where) for name in names]
     if len(values) == 1 and isinstance(values[0], list):
         if template is not None:
             raise ValueError(f"{where}: prompt_template is for text prompts; column {names[0]!r} holds chat messages")
-        return _messages(values[0], f"{where}, column {names[0]!r}")
+        return as_messages(values[0], f"{where}, column {names[0]!r}")
     for name, value in zip(names, values, strict=True):
         if not isinstance(value, str):
             raise ValueError(f"{where}, column {name!r}: expected text or chat messages; got {type(value).__name__}")
@@ -200,7 +200,8 @@ def _prompt(
     return prompt if template is None else template.replace("{prompt}", prompt)
 
 
-def _messages(values: list[Any], where: str) -> tuple[dict[str, str], ...]:
+def as_messages(values: list[Any], where: str) -> tuple[dict[str, str], ...]:
+    """A cell with chat messages as the messages of an Example."""
     for value in values:
         if not isinstance(value, Mapping) or not all(isinstance(value.get(key), str) for key in ("role", "content")):
             raise ValueError(f"{where}: expected messages with texts 'role' and 'content'; got {value!r}")
@@ -212,7 +213,7 @@ def _messages(values: list[Any], where: str) -> tuple[dict[str, str], ...]:
 def _answer(row: Mapping[str, Any], column: str | None, pattern: re.Pattern[str] | None, where: str) -> str:
     if column is None:
         return ""
-    value = _cell(row, column, where)
+    value = cell(row, column, where)
     if _is_blank(value):
         raise ValueError(f"{where}, column {column!r}: no answer; got {value!r} (drop_unanswered leaves such rows out)")
     text = as_text(value, f"{where}, column {column!r}")
@@ -231,7 +232,7 @@ def _is_blank(value: object) -> bool:
 def _solution(row: Mapping[str, Any], column: str | None, where: str) -> str | None:
     if column is None:
         return None
-    value = _cell(row, column, where)
+    value = cell(row, column, where)
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{where}, column {column!r}: expected text; got {type(value).__name__}")
     return value

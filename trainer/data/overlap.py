@@ -1,28 +1,55 @@
 """Finds evaluation problems that are in the training data."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from ipvrm_core.trainer.data.example import Example
+
+WORDS = 8  # a shorter problem must be the whole prompt: a few words prove nothing
 
 _IGNORED = re.compile(r"[\W_]+")
 
 
 def overlap(train: Iterable[Example], test: Iterable[Example]) -> list[tuple[str, str]]:
-    """(train id, test id) of every test problem whose prompt is also in train, letter case and punctuation aside.
+    """(train id, test id) of every test problem that is also in train, letter case and punctuation aside.
 
-    Prompts are compared as a whole, so load both sides with the same template or with none. Where train has a prompt
-    several times, its first example is named.
+    The same when the prompts are equal or, from WORDS words on, when one contains the other: instructions around a
+    problem do not hide it. Of chats the user's messages count. Where train has a problem several times, its first
+    example is named.
     """
-    first: dict[str, str] = {}
-    for example in train:
-        first.setdefault(_key(example), example.id)
-    return [(first[_key(example)], example.id) for example in test if _key(example) in first]
+    train, test = list(train), list(test)
+    seen = {text: i for i, text in reversed(list(enumerate(map(normalised, train))))}
+    train_texts, test_texts = list(seen), [normalised(example) for example in test]
+    found = {j: seen[text] for j, text in enumerate(test_texts) if text in seen}
+    for j, i in _contained(test_texts, train_texts):  # the test problem within a training prompt
+        found[j] = min(found.get(j, seen[train_texts[i]]), seen[train_texts[i]])
+    for i, j in _contained(train_texts, test_texts):  # and the other way round
+        found[j] = min(found.get(j, seen[train_texts[i]]), seen[train_texts[i]])
+    return [(train[found[j]].id, test[j].id) for j in sorted(found)]
 
 
-def _key(example: Example) -> str:
+def normalised(example: Example) -> str:
+    """The prompt as words in lower case. An arithmetic prompt is all signs: "1+2?" and "1-2?" stay apart."""
     prompt = example.prompt
     if not isinstance(prompt, str):
-        prompt = " ".join(message["content"] for message in prompt)
-    # An arithmetic prompt is all signs: without them "1+2?" and "1-2?" would be one problem.
+        asked = [message["content"] for message in prompt if message["role"] == "user"]
+        prompt = " ".join(asked or [message["content"] for message in prompt])
     return _IGNORED.sub(" ", prompt).strip().lower() if re.search(r"[^\W\d_]{2}", prompt) else prompt
+
+
+def _contained(short: Sequence[str], long: Sequence[str]) -> Iterable[tuple[int, int]]:
+    """(index in short, index in long) of every text that lies within a longer one, by whole words.
+
+    The first WORDS words of every short text are looked up at every word of the long ones; what they find is compared.
+    """
+    heads: dict[str, list[int]] = {}
+    for i, text in enumerate(short):
+        words = text.split(" ", WORDS)
+        if len(words) >= WORDS:
+            heads.setdefault(" ".join(words[:WORDS]), []).append(i)
+    for j, text in enumerate(long):
+        words = text.split(" ")
+        for first in range(len(words) - WORDS + 1):
+            for i in heads.get(" ".join(words[first : first + WORDS]), ()):
+                if f" {short[i]} " in f" {text} ":
+                    yield i, j

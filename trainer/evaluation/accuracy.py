@@ -38,6 +38,25 @@ def policy_accuracy(experiment: Experiment, model: nn.Module, examples: Sequence
     return result
 
 
+def benchmark_accuracy(experiment: Experiment, model: nn.Module) -> dict[str, dict[str, float]]:
+    """{benchmark: policy_accuracy} of eval.benchmarks, and "average": the unweighted mean of the shares over them.
+
+    A benchmark with a group column is as many benchmarks, "name/group".
+    """
+    found: dict[str, dict[str, float]] = {}
+    for name, source in experiment.config.eval.benchmarks.items():
+        groups: dict[str, list[Example]] = {}
+        for example in experiment.source_examples(source):
+            key = f"{name}/{example.meta[source.group_column]}" if source.group_column else name
+            groups.setdefault(key, []).append(example)
+        for key, examples in groups.items():
+            found[key] = policy_accuracy(experiment, model, examples)
+    k = experiment.config.eval.samples
+    shares = ("greedy", f"avg@{k}", f"pass@{k}")
+    average = {share: sum(entry[share] for entry in found.values()) / len(found) for share in shares}
+    return {**found, "average": average}
+
+
 def _all_steps(experiment: Experiment, examples, samples) -> float:
     checks = [
         experiment.task.step_labels(example, experiment.decode(sample.response_ids)).first_error == -1

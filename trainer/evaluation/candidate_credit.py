@@ -39,8 +39,12 @@ def candidate_credit(
     examples: Sequence[Example],
     samples: Sequence[Sample],
     p_min: float = 0.1,
+    reference: bool = True,
 ) -> dict[str, float]:
-    """Shares over the qualifying positions: {"positions": count, "chance", "policy", "<reward model>", ...}."""
+    """Shares over the qualifying positions: {"positions": count, "chance", "policy", "<reward model>", ...}.
+
+    reference: the reward models' scores are log-ratios to the policy, else log-probs alone.
+    """
     answers = [Answer(sample.prompt_ids, sample.response_ids) for sample in samples]
     limit, temperature = experiment.config.micro_batch_tokens, experiment.config.generation.temperature
     policy_head = head_of(policy)
@@ -72,5 +76,6 @@ def candidate_credit(
             ids = candidates.ids_NK[rows]
             return (linear_logprobs(hidden, head.weight, ids, temperature=temperature, **head.options).logprobs_NK,)
 
-        result[name] = share(map_rows(model, answers, limit, score)[0] - candidates.logprobs_NK)
+        score_NK = map_rows(model, answers, limit, score)[0]
+        result[name] = share(score_NK - candidates.logprobs_NK if reference else score_NK)
     return result

@@ -2,9 +2,10 @@
 
 prediction = first step with score < threshold, else -1.  F1 = harmonic mean of the exact-match accuracy on erroneous
 and on correct traces (method: docs/method.md section 7).
+
+Shape letters: R traces, C cuts (thresholds in ascending order).
 """
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,44 +24,90 @@ def predict(scores: Sequence[float], threshold: float) -> int:
     return next((index for index, score in enumerate(scores) if score < threshold), -1)
 
 
-def f1_at(scores: Sequence[Sequence[float]], labels: Sequence[int], threshold: float) -> F1:
-    """F1 of one threshold. ValueError unless both kinds of traces are there."""
-    hits = [predict(row, threshold) == label for row, label in zip(scores, labels, strict=True)]
-    erroneous = [hit for hit, label in zip(hits, labels, strict=True) if label >= 0]
-    correct = [hit for hit, label in zip(hits, labels, strict=True) if label < 0]
-    if not erroneous or not correct:
-        raise ValueError(f"F1 needs erroneous and correct traces; got {len(erroneous)} and {len(correct)}")
-    return _f1(sum(erroneous) / len(erroneous), sum(correct) / len(correct), threshold)
+def harmonic(erroneous, correct):
+    """2 a b / (a + b) elementwise, 0 where both are 0."""
+    total = np.asarray(erroneous + correct, dtype=float)
+    return np.divide(2 * erroneous * correct, total, out=np.zeros_like(total), where=total > 0)
+
+
+class Sweep(NamedTuple):
+    """A trace r is judged right by exactly the cuts first_R[r] <= c < last_R[r].
+
+    Step l is predicted for thresholds in (score_l, lowest score before l], and -1 for those up to the lowest score of
+    all: one interval a trace, so that any weighting of the traces is swept in O(R + C).
+    """
+
+    cuts_C: np.ndarray
+    first_R: np.ndarray
+    last_R: np.ndarray
+    erroneous_R: np.ndarray  # bool
+
+    @classmethod
+    def make(cls, scores: Sequence[Sequence[float]], labels: Sequence[int], cuts: np.ndarray | None = None) -> "Sweep":
+        """`cuts` defaults to every score that occurs, and infinity: between two neighbours nothing changes.
+
+        ValueError for scores that are nan, traces without steps, labels that are no step, or traces of one kind only.
+        """
+        low_R, high_R = np.empty(len(scores)), np.empty(len(scores))
+        for r, (row, label) in enumerate(zip(scores, labels, strict=True)):
+            if not -1 <= label < len(row):
+                raise ValueError(f"trace {r}: label must be -1 or one of its {len(row)} steps; got {label}")
+            low_R[r] = row[label] if label >= 0 else -np.inf
+            high_R[r] = min(row[:label] if label >= 0 else row, default=np.inf)
+        flat = np.fromiter((score for row in scores for score in row), float)
+        if np.isnan(flat).any():
+            raise ValueError(f"scores must be numbers; {np.isnan(flat).sum()} of {len(flat)} are nan")
+        erroneous_R = np.asarray(labels) >= 0
+        if erroneous_R.all() or not erroneous_R.any():
+            counts = f"{erroneous_R.sum()} and {(~erroneous_R).sum()}"
+            raise ValueError(f"F1 needs erroneous and correct traces; got {counts}")
+        cuts_C = np.unique(np.append(flat, np.inf)) if cuts is None else np.asarray(cuts, float)
+        first_R = np.searchsorted(cuts_C, low_R, side="right")  # right for low < threshold <= high
+        first_R[~erroneous_R] = 0
+        return cls(cuts_C, first_R, np.searchsorted(cuts_C, high_R, side="right"), erroneous_R)
+
+    def accuracies(self, weights_R: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """(erroneous [C], correct [C]): weighted share of each kind that is judged right at every cut."""
+        weights_R = np.ones(len(self.first_R)) if weights_R is None else weights_R
+        return self._share(self.erroneous_R, weights_R), self._share(~self.erroneous_R, weights_R)
+
+    def _share(self, kind_R: np.ndarray, weights_R: np.ndarray) -> np.ndarray:
+        used_R = kind_R & (self.first_R < self.last_R)
+        size, weight = len(self.cuts_C) + 1, weights_R[used_R]
+        starts = np.bincount(self.first_R[used_R], weight, size)
+        ends = np.bincount(self.last_R[used_R], weight, size)
+        return (starts - ends).cumsum()[:-1] / weights_R[kind_R].sum()
+
+    def best(self, weights_R: np.ndarray | None = None) -> F1:
+        """The highest F1 over the cuts; of equal ones the lowest threshold."""
+        erroneous_C, correct_C = self.accuracies(weights_R)
+        f1_C = harmonic(erroneous_C, correct_C)
+        c = int(f1_C.argmax())
+        return F1(float(f1_C[c]), float(erroneous_C[c]), float(correct_C[c]), float(self.cuts_C[c]))
+
+    def right(self, threshold: float) -> np.ndarray:
+        """[R] bool: which traces a threshold judges right, where the cuts are all the scores."""
+        c = np.searchsorted(self.cuts_C, threshold, side="left")  # it judges like the next cut
+        return (self.first_R <= c) & (c < self.last_R)
+
+    def at(self, threshold: float, weights_R: np.ndarray | None = None) -> F1:
+        """F1 of any threshold, where the cuts are all the scores."""
+        weights_R = np.ones(len(self.first_R)) if weights_R is None else weights_R
+        hits_R = self.right(threshold) * weights_R
+        erroneous, correct = (
+            float(hits_R[kind_R].sum() / weights_R[kind_R].sum()) for kind_R in (self.erroneous_R, ~self.erroneous_R)
+        )
+        return F1(float(harmonic(erroneous, correct)), erroneous, correct, threshold)
 
 
 def best_f1(scores: Sequence[Sequence[float]], labels: Sequence[int]) -> F1:
     """The highest F1 over all thresholds, by an exact sweep over the unique scores (ties: the lowest threshold).
 
-    Step l is predicted exactly for thresholds in (score_l, lowest score before l], -1 up to the lowest score of all. So
-    a trace adds one interval in which it is right, and one pass over the sorted ends counts them all: O(S log S) for S
-    scores.
+    O(S log S) for S scores.
     """
-    unique = sorted({score for row in scores for score in row})
-    cuts = [*unique, np.inf]  # threshold cuts[i]: exactly the scores below it are "wrong"
-    changes = {True: np.zeros(len(cuts) + 1), False: np.zeros(len(cuts) + 1)}  # erroneous?, +1 / -1 at interval ends
-    counts = {True: 0, False: 0}
-    for row, label in zip(scores, labels, strict=True):
-        erroneous = label >= 0
-        counts[erroneous] += 1
-        low = row[label] if erroneous else -np.inf
-        high = min(row[:label], default=np.inf) if erroneous else min(row)
-        if low < high:  # right for low < threshold <= high
-            first = bisect_left(cuts, low) + 1 if erroneous else 0
-            changes[erroneous][first] += 1
-            changes[erroneous][bisect_left(cuts, high) + 1] -= 1
-    if not counts[True] or not counts[False]:
-        raise ValueError(f"F1 needs erroneous and correct traces; got {counts[True]} and {counts[False]}")
-    wrong, right = (changes[kind].cumsum()[:-1] / counts[kind] for kind in (True, False))
-    f1 = np.divide(2 * wrong * right, wrong + right, out=np.zeros_like(wrong), where=wrong + right > 0)
-    best = int(f1.argmax())
-    return F1(float(f1[best]), float(wrong[best]), float(right[best]), float(cuts[best]))
+    return Sweep.make(scores, labels).best()
 
 
-def _f1(erroneous: float, correct: float, threshold: float) -> F1:
-    total = erroneous + correct
-    return F1(2 * erroneous * correct / total if total else 0.0, erroneous, correct, threshold)
+def f1_at(scores: Sequence[Sequence[float]], labels: Sequence[int], threshold: float) -> F1:
+    """F1 of one threshold. ValueError unless both kinds of traces are there."""
+    return Sweep.make(scores, labels).at(threshold)

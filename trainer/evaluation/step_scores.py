@@ -1,53 +1,73 @@
 """Scores of the steps of labelled traces under an implicit reward model.
 
-One tokenisation of the joined steps with character offsets decides which token belongs to which step; lengths of
-separately tokenised steps would leak tokens over the boundary.
+Shape letters: N tokens of one answer, S its steps.
 """
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from ipvrm_core.objectives import Objective
+from ipvrm_core.objectives.ipvrm import Ipvrm
+from ipvrm_core.packing import cu_seqlens_from_lengths
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.data.tasks import LabelledTrace
+from ipvrm_core.trainer.evaluation.rendering import Format, render
 from ipvrm_core.trainer.experiment import Experiment
-from ipvrm_core.trainer.reward import sampled_logprobs
+from ipvrm_core.trainer.reward import needs_reference, sampled_logprobs, scores
 
 PROTOCOLS = ("process", "prefix")
+IMPLICIT = Ipvrm()  # its token scores are log-ratios, as those of every implicit reward model
+VARIANTS = (*PROTOCOLS, "process_mean", "prefix_mean")
 
 
-def token_steps(offsets: Sequence[tuple[int, int]], steps: Sequence[str]) -> list[int]:
-    """The step of every token: the one that holds the token's first character."""
-    ends, total = [], 0
-    for step in steps:
-        total += len(step)
-        ends.append(total)
-    return [next(index for index, end in enumerate(ends) if start < end) for start, _ in offsets]
+def step_sums(log_ratio: Sequence[float], steps: Sequence[int], count: int) -> tuple[list[float], list[int]]:
+    """(sum of q over the step's own tokens [S], number of its tokens [S]); tokens of step -1 are in none."""
+    q_N, step_N = np.asarray(log_ratio, dtype=float), np.asarray(steps)
+    own_N = step_N >= 0
+    sums_S = np.bincount(step_N[own_N], q_N[own_N], minlength=count)
+    return sums_S.tolist(), np.bincount(step_N[own_N], minlength=count).tolist()
 
 
-def step_scores(log_ratio: Tensor, steps: Sequence[int], count: int) -> dict[str, list[float]]:
-    """Per step, without beta and sigma (both monotone): {protocol: [count]}.
+def variants(sums: Sequence[float], tokens: Sequence[int]) -> dict[str, list[float]]:
+    """Per step, without beta and sigma (both monotone): {variant: [S]}, in nats.
 
     process: sum of q over the step's own tokens.  prefix: sum of q from the first answer token to the step's end.
+    *_mean: divided by the number of tokens in that sum. A step without a token of its own (a longer token swallowed it)
+    has sum and mean 0.
     """
-    own = torch.zeros(count, dtype=torch.float64).index_add(0, torch.tensor(steps), log_ratio.double())
-    return {"process": own.tolist(), "prefix": own.cumsum(0).tolist()}
+    sums_S, tokens_S = np.asarray(sums, dtype=float), np.asarray(tokens, dtype=float)
+    prefix_S, length_S = sums_S.cumsum(), tokens_S.cumsum()
+    return {
+        "process": sums_S.tolist(),
+        "prefix": prefix_S.tolist(),
+        "process_mean": (sums_S / np.maximum(tokens_S, 1)).tolist(),
+        "prefix_mean": (prefix_S / np.maximum(length_S, 1)).tolist(),
+    }
 
 
 def score_traces(
-    experiment: Experiment, reward_model: nn.Module, reference: nn.Module, traces: Sequence[LabelledTrace]
+    experiment: Experiment,
+    reward_model: nn.Module,
+    reference: nn.Module,
+    traces: Sequence[LabelledTrace],
+    objective: Objective = IMPLICIT,
 ) -> dict[str, list[list[float]]]:
-    """{protocol: [per trace: [per step: score]]}."""
-    answers, steps = [], []
-    for trace in traces:
-        encoded = experiment.tokenizer("".join(trace.steps), add_special_tokens=False, return_offsets_mapping=True)
-        prompt_ids = experiment.tokenizer(trace.prompt)["input_ids"]
-        answers.append(Answer(prompt_ids, encoded["input_ids"]))
-        steps.append(token_steps(encoded["offset_mapping"], trace.steps))
-    log_ratio_N = sampled_logprobs(experiment, reward_model, answers) - sampled_logprobs(experiment, reference, answers)
-    pieces = log_ratio_N.cpu().split([len(answer.response_ids) for answer in answers])
+    """{protocol: [per trace: [per step: score]]}, for the traces of a built-in task, whose steps tile the answer.
+
+    q is what the objective makes of a token: a log-ratio, a log-prob, a value.
+    """
+    form = Format(joiner="", plain_joiner="")
+    rendered = [render(experiment.tokenizer, trace.prompt, trace.steps, form, trace.id) for trace in traces]
+    answers = [Answer(item.ids[: item.start], item.ids[item.start :]) for item in rendered]
+    reference_N = sampled_logprobs(experiment, reference, answers) if needs_reference(objective) else None
+    score_N = scores(experiment, reward_model, objective, answers, reference_N).cpu()
+    cu_seqlens = cu_seqlens_from_lengths(torch.tensor([len(answer.response_ids) for answer in answers]))
+    pieces = objective.token_scores(score_N, cu_seqlens).split([len(answer.response_ids) for answer in answers])
     scored = [
-        step_scores(piece, own, len(trace.steps)) for piece, own, trace in zip(pieces, steps, traces, strict=True)
+        variants(*step_sums(piece.tolist(), item.step_of[item.start :], len(trace.steps)))
+        for piece, item, trace in zip(pieces, rendered, traces, strict=True)
     ]
     return {protocol: [row[protocol] for row in scored] for protocol in PROTOCOLS}

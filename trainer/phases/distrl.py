@@ -39,7 +39,8 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
                 reward_model = experiment.trainable(reward_model, "rl", name, "rm")
                 models["reward_model"] = reward_model
                 optimizers["reward_model"] = make_optimizer(reward_model, rl.reward_model.optim)
-        if rl.kl_coef or (rl.reward_model and preset.online_reference == "sft"):
+        self_guided = preset.estimator == "msa" and not rl.reward_model
+        if rl.kl_coef or self_guided or (rl.reward_model and preset.online_reference == "sft"):
             reference = experiment.start_policy().eval()
         training = Training(experiment, folder, rl.steps, models, optimizers, show=SHOW, state={"cursor": 0})
 
@@ -65,12 +66,13 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
                     old.cu_seqlens,
                     step,
                     rl.steps,
+                    old.logprobs_N,
                 )
 
             schedule = rl.reward_model.update if rl.reward_model else "none"
             if schedule == "before":
                 numbers |= update_rm()
-            credit = assign(experiment, preset, batch, old, reward_model, objective)
+            credit = assign(experiment, preset, batch, old, reward_model, objective, ref_N)
             numbers |= credit.numbers
             numbers |= update_policy(
                 experiment, rl, preset, policy, optimizers["policy"], batch, credit, ref_N if rl.kl_coef else None, step
@@ -82,7 +84,7 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
 
 
 def _online(experiment: Experiment, rl, preset):
-    """The objective of the online update: the offline one with the online margin, where it has a margin."""
+    """The objective of the online update: the offline one, with the online margin where it takes the boundary."""
     settings = experiment.config.rm[rl.reward_model.name]
     objective = settings.build()
-    return settings.build(margin=preset.online_margin) if hasattr(objective, "margin") else objective
+    return settings.build(margin=preset.online_margin) if objective.boundary else objective

@@ -1,4 +1,4 @@
-"""Offline training of an implicit reward model on the starting policy's own rollouts."""
+"""Offline training of a reward model on the starting policy's own rollouts."""
 
 from typing import NamedTuple
 
@@ -9,11 +9,12 @@ from ipvrm_core.packing import cu_seqlens_from_lengths
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import RewardModel
 from ipvrm_core.trainer.experiment import Experiment
+from ipvrm_core.trainer.models import add_value_head
 from ipvrm_core.trainer.optim import apply_step, make_optimizer
 from ipvrm_core.trainer.phases import rollout as rollout_phase
 from ipvrm_core.trainer.phases.rollout import Rollouts
 from ipvrm_core.trainer.phases.training import Training, phase_folder
-from ipvrm_core.trainer.reward import answer_scores, auc, backward_reward_loss, sampled_logprobs
+from ipvrm_core.trainer.reward import answer_scores, auc, backward_reward_loss, sampled_logprobs, scores
 from ipvrm_core.trainer.seeds import epoch_slice, stable_seed
 
 
@@ -36,9 +37,16 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
         rollouts = rollout_phase.read(experiment.run / "rollout")
         split = len(rollouts) - experiment.config.rollout.held_out
         pairs = make_pairs(rollouts[:split], settings, experiment.config.seed)
-        if not pairs:
+        if not pairs and objective.trains:
             raise ValueError(f"rm.{name}: none of {split} prompts has right and wrong answers; nothing to learn from")
-        model = experiment.trainable(experiment.start_policy(), "rm", name).train()
+        model = experiment.start_policy()
+        if not objective.trains:
+            _measure_only(experiment, folder, model, objective, rollouts[split:])
+            return
+        experts = expert_rows(experiment, model.eval(), settings.experts * settings.steps)
+        model = experiment.trainable(model, "rm", name).train()
+        if objective.head == "value":
+            add_value_head(model)
         optimizer = make_optimizer(model, settings.optim)
         training = Training(
             experiment,
@@ -54,13 +62,34 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
         for step in training.steps():
             experiment.seed("rm", name, step)
             chosen = epoch_slice(len(pairs), (step - 1) * per_step, per_step, shuffle)
-            loss = _backward(experiment, model, objective, [row for index in chosen for row in pairs[index]])
+            rows = [row for index in chosen for row in pairs[index]]
+            rows += experts[(step - 1) * settings.experts : step * settings.experts]
+            loss = _backward(experiment, model, objective, rows)
             norm = apply_step(optimizer, settings.optim, step, settings.steps)
             numbers = {}
             if split < len(rollouts) and (step % settings.validate_every == 0 or step == settings.steps):
-                numbers = validate(experiment, model, rollouts[split:])
+                numbers = validate(experiment, model, rollouts[split:], objective)
             training.log(step, loss=loss, grad_norm=norm, epoch=step * per_step / len(pairs), **numbers)
         training.finish(model)
+
+
+def _measure_only(experiment: Experiment, folder, model, objective: Objective, held_out: list[Rollouts]) -> None:
+    """The starting policy is the reward model: one line of numbers, and its weights as they are."""
+    training = Training(experiment, folder, 1, {}, {}, show=("held_out_auc",))
+    for step in training.steps():
+        training.log(step, **(validate(experiment, model, held_out, objective) if held_out else {}))
+    training.finish(model)
+
+
+def expert_rows(experiment: Experiment, reference, count: int) -> list[Labelled]:
+    """`count` demonstrations as right answers, with their log-probs under the starting policy."""
+    examples = experiment.examples("rm experts", 0, count) if count else []
+    answers = [experiment.demonstration(example) for example in examples]
+    if not answers:
+        return []
+    logprobs_N = sampled_logprobs(experiment, reference, answers).cpu()
+    pieces = logprobs_N.split([len(answer.response_ids) for answer in answers])
+    return [Labelled(answer, piece.tolist(), True) for answer, piece in zip(answers, pieces, strict=True)]
 
 
 def _backward(experiment: Experiment, model, objective: Objective, rows: list[Labelled]) -> float:
@@ -96,15 +125,16 @@ def make_pairs(rollouts: list[Rollouts], settings: RewardModel, seed: int) -> li
     return pairs
 
 
-def validate(experiment: Experiment, model, rollouts: list[Rollouts]) -> dict[str, float]:
+def validate(experiment: Experiment, model, rollouts: list[Rollouts], objective: Objective) -> dict[str, float]:
     """AUC of the held-out answers' scores against their verdicts, all prompts pooled."""
     answers = [answer for group in rollouts for answer in group.answers]
     reference_N = torch.tensor([v for group in rollouts for values in group.ref_logprobs for v in values])
+    was_training = model.training
     model.eval()
-    log_ratio_N = sampled_logprobs(experiment, model, answers).cpu() - reference_N
-    model.train()
-    lengths = torch.tensor([len(answer.response_ids) for answer in answers])
-    sums, means = answer_scores(log_ratio_N, cu_seqlens_from_lengths(lengths))
+    score_N = scores(experiment, model, objective, answers, reference_N.to(experiment.device)).cpu()
+    model.train(was_training)
+    cu_seqlens = cu_seqlens_from_lengths(torch.tensor([len(answer.response_ids) for answer in answers]))
+    sums, means = answer_scores(objective.token_scores(score_N, cu_seqlens), cu_seqlens)
     labels = torch.tensor([correct for group in rollouts for correct in group.correct])
     if labels.all() or not labels.any():
         return {}  # one kind of answers only: nothing to rank

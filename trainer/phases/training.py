@@ -14,6 +14,7 @@ from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.files import locked
 from ipvrm_core.trainer.metrics import MetricsLog
 from ipvrm_core.trainer.models import save_model
+from ipvrm_core.trainer.optim import install, trained_weights
 
 
 class AlreadyStartedError(RuntimeError):
@@ -84,6 +85,12 @@ class Training:
         self.metrics.log(step, **numbers)
 
     def finish(self, model: nn.Module) -> None:
-        """Save `model` as folder/model; its existence marks the phase as finished."""
+        """Save `model` as folder/model; its existence marks the phase as finished.
+
+        In float32 where its optimiser kept such copies of its weights.
+        """
         self.metrics.close()
+        for name, trained in self.models.items():
+            if trained is model and hasattr(self.optimizers.get(name), "pairs"):
+                install(model, trained_weights(model, self.optimizers[name]))
         save_model(model, self.experiment.tokenizer, self.folder / "model")

@@ -62,11 +62,12 @@ def method(config: Config, name: str) -> str:
     rl = config.rl.get(name)
     if rl is None:
         return ""
-    if rl.reward_model is None:
-        return "GRPO, outcome reward only"
     settings = rl.resolved()
-    kind = "DistRL" if settings.alpha else "GRPO with process reward"
-    return f"{kind}, rm.{rl.reward_model.name}, α = {settings.alpha:g}, GAE × {settings.gae_coef:g}"
+    outcome, estimator = settings.outcome.upper(), settings.estimator.upper()
+    if rl.reward_model is None:
+        return f"{outcome}, " + ("self-guided (SPRO)" if estimator == "MSA" else "outcome reward only")
+    kind = "DistRL" if settings.alpha else f"{outcome} with process reward"
+    return f"{kind}, rm.{rl.reward_model.name}, α = {settings.alpha:g}, {estimator} × {settings.gae_coef:g}"
 
 
 def reward_models(run: Run) -> list[tuple[str, dict, dict]]:

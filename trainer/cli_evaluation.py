@@ -1,0 +1,164 @@
+"""The commands that need no run folder: any model, any data."""
+
+from pathlib import Path
+
+from ipvrm_core.trainer import cli_processbench
+from ipvrm_core.trainer.cli_models import (
+    form_of,
+    format_options,
+    load_pair_of,
+    model_options,
+    newlines,
+    pair_options,
+    quiet,
+)
+
+
+def add(commands) -> None:
+    """Add every command of this file to the parser's subcommands."""
+    cli_processbench.add(commands)
+    _inspect(commands)
+    _best_of_n(commands)
+    _candidates(commands)
+
+
+def _inspect(commands) -> None:
+    help = "Show one answer token by token: TD advantages, values, step scores, candidates; writes an HTML page."
+    parser = commands.add_parser("inspect", help=help, description=help)
+    pair_options(parser, required=True)
+    format_options(parser)
+    text = parser.add_argument_group("the text: either --problem and --answer, or --data and --id")
+    text.add_argument("--problem", help="text of the problem, or @FILE")
+    text.add_argument("--answer", help="text of the answer, or @FILE; --joiner cuts it into steps")
+    text.add_argument("--data", type=Path, help="a ProcessBench file or folder")
+    text.add_argument("--id", help="which of its problems")
+    parser.add_argument("--joiner", default="\\n\\n", help=r"what stands between steps (default: \n\n)")
+    parser.add_argument("--out", type=Path, required=True, help="the page, FILE.html")
+    parser.add_argument("--beta", type=float, default=10.0)
+    parser.add_argument("--p-min", type=float, default=0.05, help="least reference probability of a candidate")
+    parser.add_argument("--sigma", type=float, help="sigma_V of training (default: spread of this answer's values)")
+    parser.add_argument("--threshold", type=float, help="mark the first step whose process score (nats) is below it")
+    parser.set_defaults(function=run_inspect)
+
+
+def run_inspect(options) -> None:
+    from ipvrm_core.trainer.report.inspection import inspect, write_page
+
+    problem, steps, label, title = _text(options)
+    form = form_of(options)
+    settings = {name: getattr(options, name) for name in ("beta", "p_min", "sigma", "threshold")}
+    shown = inspect(load_pair_of(options), problem, steps, form, label=label, **settings)
+    write_page(options.out, shown, title)
+    print(options.out)
+
+
+def _text(options) -> tuple[str, list[str], int | None, str]:
+    """(problem, steps, label, title of the page)."""
+    from ipvrm_core.trainer.data.processbench import load_processbench
+
+    if bool(options.data and options.id) == bool(options.problem and options.answer):
+        raise ValueError("pass either --problem and --answer, or --data and --id")
+    if options.data:
+        found = [item for item in load_processbench(options.data) if item.id == options.id]
+        if not found:
+            raise ValueError(f"{options.data} has no problem with id {options.id!r}")
+        return found[0].problem, list(found[0].steps), found[0].label, f"{found[0].id} · {found[0].generator}"
+    problem, answer = (
+        Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text
+        for text in (options.problem, options.answer)
+    )
+    steps = [step for step in answer.strip().split(newlines(options.joiner)) if step.strip()]
+    return problem, steps, None, f"{options.model}"
+
+
+def _best_of_n(commands) -> None:
+    help = "Best of N by any score, votes and pass@N, from stored answers (jsonl, json, parquet)."
+    parser = commands.add_parser("best-of-n", help=help, description=help)
+    parser.add_argument("answers", type=Path, help="one answer a row, or one problem a row with lists")
+    parser.add_argument("--n", type=int, nargs="+", default=[4, 16, 64], help="sizes N (default: 4 16 64)")
+    parser.add_argument("--problem", default="problem", help="column that names the problem")
+    parser.add_argument("--answer", default="answer", help="column of final answers, for the votes")
+    parser.add_argument("--correct", default="correct", help="column of verdicts")
+    parser.add_argument("--score", nargs="*", default=[], help="columns of scores: numbers, or lists of step scores")
+    parser.add_argument("--prompt", help="column of the prompt; with --model, to score the answers here")
+    parser.add_argument("--text", help="column of the answer's text; with --model")
+    parser.add_argument("--joiner", default="\\n\\n", help=r"what stands between steps (default: \n\n)")
+    parser.add_argument("--beta", type=float, default=10.0, help="of the reward model")
+    pair_options(parser, required=False)
+    format_options(parser)
+    parser.add_argument("--out", type=Path, help="JSON file for the result, with the scores made here")
+    parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples; 0: no intervals")
+    parser.add_argument("--seed", type=int, default=0, help="of bootstrap and sampled votes")
+    parser.set_defaults(function=run_best_of_n)
+
+
+def run_best_of_n(options) -> None:
+    from ipvrm_core.trainer.evaluation import stored_answers
+    from ipvrm_core.trainer.evaluation.log_ratios import length_limit
+    from ipvrm_core.trainer.evaluation.score_answers import score_stored
+    from ipvrm_core.trainer.files import write_json
+
+    together = {f"--{name}": getattr(options, name) for name in ("model", "reference", "prompt", "text")}
+    if any(together.values()) and not all(together.values()):
+        raise ValueError(f"scoring here needs {', '.join(together)}; got only {[k for k, v in together.items() if v]}")
+    columns = {name: getattr(options, name) for name in ("problem", "answer", "correct", "prompt", "text")}
+    stored = stored_answers.read_stored(options.answers, **columns, scores=options.score)
+    if options.model:
+        pair = load_pair_of(options)
+        form = form_of(options)
+        score_stored(pair, stored, form, options.beta, options.micro_batch_tokens, length_limit(pair))
+    result = stored_answers.evaluate(stored, options.n, resamples=options.resamples, seed=options.seed)
+    if options.out:
+        scores = {name: item.scores for name, item in stored.items()} if options.model else None
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.out, {"sizes": result, "scores": scores})
+    print(stored_answers.markdown(result))
+
+
+def _candidates(commands) -> None:
+    help = "How many candidates a P_min leaves on given answers, and what probability they hold."
+    parser = commands.add_parser("candidates", help=help, description=help)
+    parser.add_argument("data", type=Path, help="answers (jsonl, json, parquet), one a row")
+    parser.add_argument("--model", required=True, help="the policy: Hugging Face name or folder, or FOLDER/FILE.gguf")
+    parser.add_argument("--prompt", default="prompt", help="column of the prompt")
+    parser.add_argument("--text", default="response", help="column of the answer: a text, or a list of texts or steps")
+    parser.add_argument("--limit", type=int, help="the first so many rows")
+    parser.add_argument("--p-min", type=float, nargs="+", default=[0.05, 0.1, 0.2])
+    parser.add_argument("--temperature", type=float, default=1.0)
+    model_options(parser)
+    format_options(parser)
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    parser.set_defaults(function=run_candidates)
+
+
+def run_candidates(options) -> None:
+    from itertools import islice
+
+    from ipvrm_core.trainer.batching import Answer
+    from ipvrm_core.trainer.data.files import cell, read_rows
+    from ipvrm_core.trainer.evaluation.candidate_statistics import candidate_statistics
+    from ipvrm_core.trainer.evaluation.log_ratios import load_one
+    from ipvrm_core.trainer.evaluation.rendering import render
+    from ipvrm_core.trainer.files import write_json
+
+    quiet()
+    tokenizer, model = load_one(options.model, options.dtype, options.device)
+    answers = []
+    for index, row in enumerate(islice(read_rows(options.data, None, None), options.limit)):
+        where = f"{options.data}, row {index}"
+        text = cell(row, options.text, where)
+        steps = text if isinstance(text, list) else [text]
+        made = render(tokenizer, cell(row, options.prompt, where), steps, form_of(options), where)
+        answers.append(Answer(made.ids[: made.start], made.ids[made.start : made.end]))
+    if not answers:
+        raise ValueError(f"{options.data} has no rows")
+    found = candidate_statistics(model, answers, options.micro_batch_tokens, options.p_min, options.temperature)
+    tokens = sum(len(answer.response_ids) for answer in answers)
+    if options.out:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        write_json(options.out, {"answers": len(answers), "tokens": tokens, "p_min": found})
+    print("| P_min | mean size | mass (%) | several (%) | none (%) |\n| --- | --- | --- | --- | --- |")
+    for p_min, row in found.items():
+        shares = " | ".join(f"{100 * row[name]:.2f}" for name in ("mass", "several", "empty"))
+        print(f"| {p_min} | {row['size']:.3f} | {shares} |")
+    print(f"\n{len(answers)} answers, {tokens} tokens, temperature {options.temperature:g}")
