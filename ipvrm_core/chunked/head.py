@@ -40,8 +40,8 @@ class Head:
     """The head's outputs in chunks of rows. With weight=None `hidden` already is x [N, V].
 
     fixed: every product has the same number of rows, set by V and the budget alone; the last chunk is padded. BLAS then
-    takes the same code path for every row, so a row's bits do not depend on N or on its place in the batch. Otherwise
-    the last chunk is shorter and no chunk is longer than N.
+    runs the same code whatever N is, so a row's bits do not depend on what follows it. Otherwise the last chunk is
+    shorter and no chunk is longer than N.
 
     bfloat16 on CUDA multiplies in tensor cores into float32. Any other half-precision weight is upcast once a call
     (V * D * 4 bytes): CPU products have no float32 output, and float16 gradients underflow at weights of 1/tokens.

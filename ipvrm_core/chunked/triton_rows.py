@@ -26,7 +26,7 @@ class GivenLogits(Head):
 
 
 class TritonRows:
-    """See TorchRows: the same interface. Chunks have a fixed shape, so a row's bits do not depend on the batch."""
+    """See TorchRows: the same interface. Products have a fixed shape, so a row's bits do not depend on N."""
 
     def __init__(
         self,
