@@ -15,11 +15,20 @@ from ipvrm_core import PolicyBatch, PolicyLossConfig
 
 LINEAR = ("distrl_loss", "linear_logprobs", "select_candidates")
 FROM_LOGITS = ("distrl_loss_from_logits", "logprobs_from_logits", "select_candidates_from_logits")
-ALL = LINEAR + FROM_LOGITS
 WITHOUT_HEAD = dict(zip(LINEAR, FROM_LOGITS, strict=True))
+LINEAR += ("linear_td_errors",)
+ALL = LINEAR + FROM_LOGITS
 EVERYTHING = PolicyLossConfig(
-    alpha=1.5, clip_low=0.1, dual_clip=1.6, candidate_dual_clip=1.4, temperature=1.7, kl_coef=0.2, entropy_coef=0.3
+    alpha=1.5,
+    clip_low=0.1,
+    dual_clip=1.6,
+    candidate_dual_clip=1.4,
+    temperature=1.7,
+    softcap=6.0,
+    kl_coef=0.2,
+    entropy_coef=0.3,
 )
+BETA = 10.0
 
 
 @dataclass(frozen=True)
@@ -84,7 +93,7 @@ def make_inputs(
         candidates[1::2, 0] = sampled[1::2]
     ids = torch.cat([sampled[:, None], candidates], dim=1)
     logits = F.linear(hidden.double(), weight.double(), bias.double())
-    options = {"temperature": config.temperature, "backend": "reference"}
+    options = {"temperature": config.temperature, "softcap": config.softcap, "backend": "reference"}
     logp = ic.logprobs_from_logits(logits, ids.to(device), **options).logprobs_NK.float().cpu()
     old = (logp + 0.4 * normal(N, 1 + K)).masked_fill(ids < 0, 0.0)
     batch = PolicyBatch(
@@ -106,16 +115,27 @@ def call(name: str, x: Inputs, backend: str) -> tuple[list[Tensor], Tensor | Non
     """(every output, a scalar to differentiate or None). Outputs have weights of their own in the scalar."""
     head = {"bias": x.bias} if x.logits is None else {}
     first = (x.hidden, x.weight) if x.logits is None else (x.logits,)
-    temperature = x.config.temperature
+    options = {"temperature": x.config.temperature, "softcap": x.config.softcap, "backend": backend}
+    if name == "linear_td_errors":
+        return [_td_errors(x, first, options | head)], None
     function = getattr(ic, name)
     if "distrl" in name:
         loss, metrics = function(*first, x.batch, x.config, backend=backend, **head)
         return [loss.detach(), *metrics.values()], 3.0 * loss
     if "logprobs" in name:
-        outputs = list(function(*first, x.batch.ids_NK, temperature=temperature, backend=backend, **head))
+        outputs = list(function(*first, x.batch.ids_NK, **options, **head))
         return [value.detach() for value in outputs], sum(_weighted(value) for value in outputs)
-    picked = function(*first, x.batch.sampled_ids_N, temperature=temperature, backend=backend, **head)
-    return list(picked), None
+    return list(function(*first, x.batch.sampled_ids_N, **options, **head)), None
+
+
+def _td_errors(x: Inputs, first: tuple[Tensor, ...], options: dict) -> Tensor:
+    """With given logits, from log-probs: there is no function of its own for them."""
+    ids = x.batch.ids_NK
+    old = torch.cat([x.batch.old_logprobs_N[:, None], x.batch.candidate_old_logprobs_NK], dim=1)
+    if x.logits is None:
+        return ic.linear_td_errors(*first, ids, old, BETA, **options)
+    logprobs = ic.logprobs_from_logits(*first, ids, **options).logprobs_NK.detach()
+    return (BETA * (logprobs - old)).masked_fill(ids < 0, 0.0)
 
 
 def outputs_and_gradients(name: str, x: Inputs, backend: str) -> list[Tensor]:
