@@ -176,7 +176,6 @@ def test_missing_section(missing):
         (["model.path=some/model"], ["model:", "path='some/model'", "scratch="]),
         (["model={}"], ["model:", "path=None", "scratch=None"]),
         (["model.gguf_file=a.gguf"], ["model:", "gguf_file", "path"]),
-        (["model.dtype=bfloat16"], ["model:", "dtype='bfloat16'"]),
         # Source
         (["data.path=a.jsonl"], ["data:", "task='chain'", "path='a.jsonl'"]),
         (["test={}"], ["test:", "task=None", "path=None"]),
@@ -188,6 +187,20 @@ def test_missing_section(missing):
         (["rm.ipvrm.objective=nonsense"], ["rm.ipvrm:", "objective", "'nonsense'"]),
         (["rm.ipvrm.args.slope=1"], ["rm.ipvrm:", "args", "slope", "margin"]),
         (["rm.implicit_prm.args.margin=1"], ["rm.implicit_prm:", "args", "margin"]),
+        (["rm.ipvrm.objective=dpo", "rm.ipvrm.args={}", "rm.ipvrm.pairing=none"], ["rm.ipvrm:", "pairing", "'dpo'"]),
+        (
+            ["rm.ipvrm.objective=qrm", "rm.ipvrm.args={}", "rm.ipvrm.stop_metric=held_out_ece_100"],
+            ["rm.ipvrm:", "stop_metric", "'qrm'"],
+        ),
+        (["rm.ipvrm.stop_metric=held_out_auc", "rollout.held_out=0"], ["rm.ipvrm.stop_metric", "rollout.held_out"]),
+        (
+            ["rm.ipvrm.data={path = 'a', kind = 'pairwise', validation = 0}", "rm.ipvrm.stop_metric=held_out_auc"],
+            ["rm.ipvrm:", "stop_metric", "data.validation"],
+        ),
+        (
+            ["rm.ipvrm.data={path = 'a', kind = 'pairwise', reference = 'b'}"],
+            ["rm.ipvrm.data.reference", "rl.distrl", "'b'"],
+        ),
         # Rl
         (["rl.grpo.method.keep_prompts=65"], ["rl.grpo:", "keep_prompts", "64", "65"]),
         (["rl.grpo.method.keep_prompts=0"], ["rl.grpo:", "keep_prompts", "0"]),
@@ -222,12 +235,18 @@ def test_reward_models_need_rollouts():
         check({**LEAST, "rm": {"ipvrm": {}}})
 
 
+def test_reward_models_with_chats_of_their_own_need_no_rollouts():
+    config = check({**LEAST, "rm": {"ipvrm": {"data": {"path": "a.jsonl", "kind": "pointwise"}}}})
+    assert config.rm["ipvrm"].data.on_long == "error"
+
+
 def test_a_pairwise_reward_model_may_stay_as_it_is(base):
     config = load(base, ["rm.pairs.objective=dpo", "rl.distrl.reward_model={name = 'pairs', update = 'none'}"])
     assert config.rm["pairs"].args == {"beta": 0.05}
 
 
-def test_bfloat16_is_possible_with_lora(base):
+def test_bfloat16_is_possible_with_and_without_lora(base):
+    assert load(base, ["model.dtype=bfloat16"]).model.lora is None
     assert load(base, ["model.dtype=bfloat16", "model.lora={}"]).model.lora.rank == 128
 
 

@@ -11,8 +11,9 @@ from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import RewardModel, check
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.metrics import MetricsLog, read_metrics
+from ipvrm_core.trainer.phases.rm_data import make_pairs
 from ipvrm_core.trainer.phases.rollout import Rollouts
-from ipvrm_core.trainer.phases.train_rm import make_pairs, validate
+from ipvrm_core.trainer.phases.train_rm import validate
 from ipvrm_core.trainer.seeds import epoch_slice, stable_seed
 
 # ---- seeds and shuffled epochs
@@ -112,7 +113,8 @@ def test_validation_of_one_kind_of_answers_is_left_out(tiny_experiment, tiny_mod
     experiment, model, objective = tiny_experiment(), tiny_model(), Ipvrm()
     assert validate(experiment, model, [_rollouts(2, "---")], objective) == {}
     numbers = validate(experiment, model, [_rollouts(2, "-+-")], objective)
-    assert set(numbers) == {"held_out_auc", "held_out_auc_sum"}
+    ranks = {"held_out_auc", "held_out_auc_sum", "held_out_pair_accuracy", "held_out_accuracy"}
+    assert set(numbers) == ranks | {f"held_out_ece_{p}" for p in (25, 50, 75, 100)}
     assert all(0 <= value <= 1 for value in numbers.values())
 
 

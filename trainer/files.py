@@ -17,8 +17,21 @@ def _fsync(path: Path) -> None:
         os.close(handle)
 
 
+def _alive(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # it lives, but is someone else's
+    return True
+
+
 def write_file(path: Path, fill: Callable[[Path], None]) -> None:
-    """`fill` a temporary file, flush it to disk, rename it to `path`."""
+    """`fill` a temporary file, flush it to disk, rename it to `path`. What killed processes left of it is removed."""
+    for left in path.parent.glob(f".{path.name}.*.tmp"):
+        if not _alive(left.suffixes[-2][1:]):
+            left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # two phases may start side by side
     fill(temporary)
     _fsync(temporary)

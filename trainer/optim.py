@@ -12,9 +12,9 @@ from ipvrm_core.trainer.config import Optim
 class MasterAdamW(torch.optim.AdamW):
     """AdamW on float32 copies of the parameters, which are rounded to the parameters' own dtype after each step.
 
-    bfloat16 keeps 8 bits: a weight of 0.02 next to its neighbour 0.0201 does not notice a step of 5e-7, however often it
-    is made. The copies add such steps up. Gradients are added up in float32 too: each parameter's goes to its copy as
-    soon as it is there. Parameters that are float32 already are their own copies.
+    bfloat16 keeps 8 bits: the neighbour of the weight 0.02 is 0.0201, so that a step of 5e-7 leaves it where it was,
+    however often it is made. The copies add such steps up. Gradients are added up in float32 too: each parameter's
+    goes to its copy as soon as it is there. Parameters that are float32 already are their own copies.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], **settings):
@@ -85,6 +85,16 @@ def trained_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
     }
+
+
+@torch.no_grad()
+def set_weights(model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Tensor]) -> None:
+    """Put `trained_weights` back into model and optimiser."""
+    for name, master in trained_weights(model, optimizer).items():
+        master.copy_(weights[name])
+    for parameter, master in getattr(optimizer, "pairs", []):
+        if master is not parameter:
+            parameter.copy_(master)
 
 
 def install(model: nn.Module, weights: dict[str, Tensor]) -> None:

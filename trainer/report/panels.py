@@ -10,6 +10,12 @@ REWARD_MODEL = (
     Panel("loss", "Training loss", "loss / first loss", relative=True),
     Panel("held_out_auc", "Held-out AUC, mean score per token", "AUC (0.5 = chance)"),
     Panel("held_out_auc_sum", "Held-out AUC, summed score", "AUC (0.5 = chance)"),
+    Panel("held_out_accuracy", "Held-out accuracy of σ(v̄) > 1/2", "% of answers", 100, optional=True),
+    Panel("held_out_pair_accuracy", "Held-out pairs in the right order", "% of pairs", 100, optional=True),
+    *(
+        Panel(f"held_out_ece_{p}", f"Held-out ECE of σ(v̄) after {p} % of the answer", "share of answers", optional=True)
+        for p in (25, 50, 75, 100)
+    ),
 )
 
 POLICY = {
