@@ -47,6 +47,19 @@ def test_compare_names_every_pair_of_sources(config):
     ]
 
 
+def test_the_chats_of_a_reward_model_are_looked_at(config, tmp_path):
+    def chat(problem, label):
+        turns = [{"role": "user", "content": f"Solve this: {problem}"}, {"role": "assistant", "content": "5"}]
+        return json.dumps({"conversation": turns, "label": label})
+
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join([chat("one more apple", 1), chat(PROBLEM, 0), chat(PROBLEM, 1)]))
+    settings = config(["nothing of it"], [PROBLEM]).model_dump()
+    settings["rm"] = {"ipvrm": {"data": {"path": str(path), "kind": "pointwise"}}}
+    report = compare(check(settings))
+    assert [(entry["train"], entry["shared"]) for entry in report[1:]] == [(str(path), [("row 1", "test-0")])]
+
+
 def test_built_in_tasks_need_no_guard(tiny_config):
     assert compare(tiny_config()) == []
 

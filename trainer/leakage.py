@@ -2,7 +2,8 @@
 
 import json
 
-from ipvrm_core.trainer.config import Config, ConfigError, Source
+from ipvrm_core.trainer.config import Chats, Config, ConfigError, Source
+from ipvrm_core.trainer.data.chats import by_prompt, load_chats
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.files import load_examples
 from ipvrm_core.trainer.data.overlap import overlap
@@ -44,6 +45,7 @@ def compare(config: Config) -> list[dict]:
     """One entry per pair of a training and an evaluation source: {train, test, train_size, test_size, shared}."""
     sources = [config.data, *([config.sft.data] if config.sft and config.sft.data else [])]
     trained = [(_name(source), _read(source)) for source in sources if source.path]
+    trained += [(_name(model.data), _read_chats(model.data)) for model in config.rm.values() if model.data]
     evaluated = [config.test, *config.eval.benchmarks.values(), *config.leakage.benchmarks]
     tested = [(_name(source), _read(source)) for source in evaluated if source.path]
     return [
@@ -59,8 +61,13 @@ def compare(config: Config) -> list[dict]:
     ]
 
 
-def _name(source: Source) -> str:
+def _name(source: Source | Chats) -> str:
     return " ".join(filter(None, (source.path, source.config, source.split)))
+
+
+def _read_chats(source: Chats) -> list[Example]:
+    """The prompts of a reward model's data; an id is the row."""
+    return [Example(f"row {chats[0].row}", chats[0].prompt, "") for chats in by_prompt(load_chats(source))]
 
 
 def _read(source: Source) -> list[Example]:
