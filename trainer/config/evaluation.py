@@ -1,0 +1,46 @@
+"""What is measured, who judges an answer, and what keeps training and evaluation apart."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from ipvrm_core.trainer.config.base import Positive, PositiveFloat, Section
+from ipvrm_core.trainer.config.data import Source
+
+
+class Eval(Section):
+    """What `ipvrm eval` measures."""
+
+    prompts: Positive = 256
+    samples: Positive = Field(8, description="k of avg@k and pass@k")
+    temperature: PositiveFloat = 0.6
+    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    benchmarks: dict[str, Source] = Field({}, description="further test data by name (paths), each evaluated whole")
+    rank_prompts: Annotated[int, Field(ge=0)] = Field(
+        0, description="answers that are cut and continued, to rank reward models by the outcomes; 0: none"
+    )
+    traces: Annotated[int, Field(ge=0)] = Field(1000, description="labelled traces per format, built-in tasks only")
+
+    @model_validator(mode="after")
+    def _benchmarks_are_files(self):
+        tasks = [name for name, source in self.benchmarks.items() if source.task]
+        if tasks:
+            raise ValueError(f"benchmarks must have a path; got a task for {', '.join(tasks)}")
+        return self
+
+
+class Verifier(Section):
+    """Who decides whether an answer is right."""
+
+    kind: str = Field(
+        "math", pattern=r"^(exact|math|[\w.]+:\w+)$", description="exact | math | package.module:function"
+    )
+    timeout_s: PositiveFloat = 5.0
+    workers: Positive = 2
+
+
+class Leakage(Section):
+    """What to do about evaluation problems in the training data; looked for before training starts."""
+
+    action: Literal["refuse", "allow"] = Field("refuse", description="allow: report it and go on")
+    benchmarks: list[Source] = Field([], description="evaluation data besides `test`; only its prompts are read")

@@ -1,0 +1,105 @@
+"""A whole experiment: every section, and the combinations that cannot be."""
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from ipvrm_core.trainer.config.base import Positive, Section
+from ipvrm_core.trainer.config.data import Source
+from ipvrm_core.trainer.config.evaluation import Eval, Leakage, Verifier
+from ipvrm_core.trainer.config.model import Model
+from ipvrm_core.trainer.config.policy import Rl
+from ipvrm_core.trainer.config.reward_model import RewardModel
+from ipvrm_core.trainer.config.training import Generation, Rollout, Sft
+
+
+class Config(Section):
+    """A whole experiment: one start, any number of reward models and policy runs."""
+
+    name: str = "run"
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    precision: Literal["no", "bf16"] = Field("no", description="bf16: float32 weights, bfloat16 products in the layers")
+    model: Model
+    data: Source
+    test: Source
+    verifier: Verifier = Verifier()
+    generation: Generation = Generation()
+    sft: Sft | None = None
+    rollout: Rollout | None = None
+    rm: dict[str, RewardModel] = Field({})
+    rl: dict[str, Rl] = Field({})
+    eval: Eval = Eval()
+    leakage: Leakage = Leakage()
+    micro_batch_tokens: Positive = Field(16384, description="padded tokens per forward/backward pass")
+    checkpoint_every: Positive = Field(20, description="steps between checkpoints of a training phase")
+    wandb: bool = Field(False, description="also log to Weights & Biases (the package must be installed)")
+
+    @model_validator(mode="after")
+    def _phases_fit(self):
+        if self.rollout is None and any(rm.data is None for rm in self.rm.values()):
+            raise ValueError(
+                "rm needs a [rollout] section: reward models without chats of their own (rm.<name>.data) "
+                "train on the policy's own answers"
+            )
+        for name, rm in self.rm.items():
+            self._check_held_out(name, rm)
+        if self.rollout and self.rollout.held_out >= self.rollout.prompts:
+            raise ValueError(f"rollout.held_out must be < rollout.prompts = {self.rollout.prompts}")
+        for name, rl in self.rl.items():
+            if rl.reward_model and rl.reward_model.name not in self.rm:
+                raise ValueError(
+                    f"rl.{name}.reward_model.name must be one of {sorted(self.rm)}; got {rl.reward_model.name!r}"
+                )
+            if rl.reward_model:
+                self._check_use(name, rl)
+        for name in [*self.rm, *self.rl]:
+            if not name.replace("_", "").replace("-", "").isalnum():
+                raise ValueError(f"names of reward models and policy runs become folders; got {name!r}")
+        if "start" in self.rl:
+            raise ValueError("rl.start must have another name: the evaluation calls the starting policy so")
+        if self.data.task and self.eval.benchmarks:
+            raise ValueError("eval.benchmarks are texts: they need data.path; got a built-in task")
+        if self.data.task and self.test.task != self.data.task:
+            raise ValueError(f"test.task must be data.task = {self.data.task!r}; got {self.test.task!r}")
+        source = self.sft and (self.sft.data or self.data)
+        if source and not (source.task or source.solution_column):
+            raise ValueError("sft needs demonstrations: set solution_column in sft.data, or in data")
+        if any(rm.experts for rm in self.rm.values()) and not (self.data.task or self.data.solution_column):
+            raise ValueError("rm.<name>.experts needs demonstrations: set solution_column in data")
+        if self.model.scratch and not self.data.task:
+            raise ValueError("model.scratch has the characters of a built-in task: set data.task")
+        return self
+
+    def _check_held_out(self, name: str, rm: RewardModel) -> None:
+        """ValueError for a reward model that could not be validated, or not be evaluated against its reference."""
+        if rm.data is None:
+            if rm.stop_metric and not self.rollout.held_out:
+                raise ValueError(f"rm.{name}.stop_metric needs held-out prompts: rollout.held_out must be > 0; got 0")
+            return
+        if rm.data.reference is None:
+            return
+        used = [key for key, rl in self.rl.items() if rl.reward_model and rl.reward_model.name == name]
+        if used or self.data.task or self.eval.rank_prompts:
+            where = f"rl.{used[0]}" if used else "`ipvrm eval`"
+            raise ValueError(
+                f"rm.{name}.data.reference must be left out: {where} takes the starting policy as the reference; "
+                f"got {rm.data.reference!r}"
+            )
+
+    def _check_use(self, name: str, rl: Rl) -> None:
+        """ValueError where a policy run asks its reward model for something that the objective does not have."""
+        used = self.rm[rl.reward_model.name]
+        objective = used.build()
+        if rl.reward_model.update != "none" and (objective.pairwise or not objective.trains):
+            raise ValueError(
+                f"rl.{name}.reward_model.update must be 'none' for the "
+                f"{'pairwise' if objective.pairwise else 'training-free'} objective {used.objective!r}; "
+                f"got {rl.reward_model.update!r}"
+            )
+        alpha = rl.resolved().alpha
+        if objective.head == "value" and alpha:
+            raise ValueError(
+                f"rl.{name}.method.alpha must be 0 for rm.{rl.reward_model.name} (objective {used.objective!r}): "
+                f"its value head scores sampled tokens only, there is no TD error of other tokens; got {alpha}"
+            )

@@ -1,0 +1,72 @@
+"""Policy runs: GRPO, GRPO with a process reward, DistRL."""
+
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ipvrm_core.presets import PRESETS, Preset
+from ipvrm_core.reference.candidates import candidate_slots
+from ipvrm_core.trainer.config.base import Positive, Section, checked
+from ipvrm_core.trainer.config.training import Optim
+
+
+class RlRewardModel(Section):
+    """How an RL run uses a reward model."""
+
+    name: str = Field(description="a key of the `rm` table")
+    update: Literal["none", "before", "after"] = Field("before", description="relative to scoring the batch")
+    optim: Optim = Optim(lr=1e-4)
+    batch: Positive = Field(64, description="sequences per reward-model step")
+
+
+class Rl(Section):
+    """One policy run. Without `reward_model` it is plain GRPO; with alpha = 0 it is GRPO with a process reward."""
+
+    reward_model: RlRewardModel | None = None
+    preset: Literal["paper", "official"] = "paper"
+    method: dict[str, Any] = Field({}, description="fields of the preset to override, e.g. {alpha = 1.0}")
+    steps: Positive = 100
+    epochs: Positive = Field(1, description="passes over a batch of rollouts")
+    minibatch: Positive = Field(256, description="sequences per policy step")
+    max_rounds: Positive = Field(4, description="sampling rounds at most, when too few prompts are mixed")
+    kl_coef: Annotated[float, Field(ge=0)] = 0.0
+    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    optim: Optim = Optim(lr=1e-6)
+
+    @model_validator(mode="after")
+    def _method_is_possible(self):
+        preset = self.resolved()
+        if not 1 <= preset.keep_prompts <= preset.prompts:
+            raise ValueError(f"keep_prompts must be in 1 .. prompts = {preset.prompts}; got {preset.keep_prompts}")
+        if preset.rollouts < 2:
+            raise ValueError(f"rollouts must be >= 2 for a group to have a spread; got {preset.rollouts}")
+        for name in ("beta", "offline_margin"):
+            if getattr(preset, name) != getattr(PRESETS[self.preset], name):
+                raise ValueError(f"method.{name} belongs to the reward model: set it in rm.<name>.args")
+        self._check_estimator(preset)
+        preset.loss_config()
+        candidate_slots(preset.p_min, top_k=preset.top_k)  # raises for a rule that cannot be
+        self.__dict__["method"] = asdict(preset)  # resolved: what config.json shows is what runs
+        return self
+
+    def _check_estimator(self, preset: Preset) -> None:
+        """ValueError for settings that the estimator could not follow."""
+        estimator = preset.estimator
+        if estimator in ("td", "mc", "prime") and self.reward_model is None:
+            raise ValueError(
+                f"method.estimator = {estimator!r} needs a reward_model: it works on token rewards; got None"
+            )
+        if estimator == "prime" and preset.outcome != "rloo":
+            raise ValueError(f"method.outcome must be 'rloo' for method.estimator = 'prime'; got {preset.outcome!r}")
+        fixed = {"gae": (), "mc": ("lam",)}.get(estimator, ("gamma", "lam"))
+        for name in fixed:
+            if getattr(preset, name) != 1:
+                raise ValueError(
+                    f"method.{name} must be 1 for method.estimator = {estimator!r}, which does not use it; "
+                    f"got {getattr(preset, name)}"
+                )
+
+    def resolved(self) -> Preset:
+        """The preset with `method` applied."""
+        return checked(Preset, {**asdict(PRESETS[self.preset]), **self.method}, "method")
