@@ -52,6 +52,12 @@ class Preset:
     prompts: int = 512
     keep_prompts: int = 256
     too_few_mixed: Literal["sample_on", "fill"] = "sample_on"
+    accuracy_range: tuple[float, float] = (0.0, 1.0)  # of mixed prompts, those with mu inside; rePIRL: 0.2, 0.8
+
+    def keeps(self, right: int) -> bool:
+        """Whether a prompt with so many right answers of `rollouts` is one to learn from."""
+        low, high = self.accuracy_range
+        return 0 < right < self.rollouts and low <= right / self.rollouts <= high
 
     def loss_config(self, temperature: float = 1.0, **override) -> PolicyLossConfig:
         """The PolicyLossConfig of this preset."""

@@ -42,6 +42,7 @@ TABLE = {
     "prompts": (512, 1024),
     "keep_prompts": (256, 512),
     "too_few_mixed": ("sample_on", "fill"),
+    "accuracy_range": ((0.0, 1.0), (0.0, 1.0)),  # every mixed prompt
 }
 
 

@@ -1,4 +1,4 @@
-"""From a batch of answers to a policy gradient: candidates, advantages, micro-batches, the choice of prompts."""
+"""From a batch of answers to a policy gradient: candidates, advantages, micro-batches, the reward model's update."""
 
 from dataclasses import replace
 from itertools import pairwise
@@ -10,47 +10,21 @@ from ipvrm_core import PRESETS, outcome_advantages
 from ipvrm_core.objectives.ipvrm import Ipvrm
 from ipvrm_core.reference.candidates import select_candidates_from_logits
 from ipvrm_core.reference.policy_loss import distrl_loss_from_logits
-from ipvrm_core.trainer import collect as collecting
 from ipvrm_core.trainer import credit as crediting
-from ipvrm_core.trainer.batching import Answer
-from ipvrm_core.trainer.collect import Collected, collect
+from ipvrm_core.trainer.collect import Collected
 from ipvrm_core.trainer.config import Optim, RlRewardModel
 from ipvrm_core.trainer.credit import assign, old_policy, update_reward_model
-from ipvrm_core.trainer.data.example import Example
-from ipvrm_core.trainer.evaluation.candidate_credit import candidate_credit, true_tokens
 from ipvrm_core.trainer.optim import make_optimizer
 from ipvrm_core.trainer.policy_update import _minibatches, _one_step, make_policy_batch
 from ipvrm_core.trainer.reward import backward_reward_loss, sampled_logprobs
-from ipvrm_core.trainer.rollouts import Sample
-from ipvrm_core.trainer.verify import Verdict
+from tests.batches import at_limit, full_logits, two_prompts
 
 PAPER, OFFICIAL = PRESETS["paper"], PRESETS["official"]
-REWARDS = [1.0, 0.0, 0.0, 1.0, 1.0, 0.0]
 
 
 @pytest.fixture
 def batch() -> Collected:
-    """Two prompts, three answers each, of different lengths."""
-    generator = torch.Generator().manual_seed(5)
-
-    def ids(count: int) -> list[int]:
-        return torch.randint(2, 19, (count,), generator=generator).tolist()
-
-    prompts = [ids(4), ids(6)]
-    answers = [Answer(prompts[i // 3], [*ids(length), 1]) for i, length in enumerate([3, 6, 1, 4, 9, 2])]
-    rewards = torch.tensor(REWARDS)
-    groups = torch.tensor([0, 0, 0, 1, 1, 1])
-    return Collected(answers, rewards, groups, torch.tensor([1 / 3] * 3 + [2 / 3] * 3), 0, {})
-
-
-@torch.no_grad()
-def _logits(model, answers: list[Answer]) -> torch.Tensor:
-    """Full logits of all response positions, one answer at a time, without padding: [N, V]."""
-    rows = []
-    for answer in answers:
-        ids = torch.tensor([answer.prompt_ids + answer.response_ids])
-        rows.append(model(input_ids=ids).logits[0, len(answer.prompt_ids) - 1 : -1])
-    return torch.cat(rows)
+    return two_prompts()
 
 
 def _targets(batch: Collected) -> torch.Tensor:
@@ -73,7 +47,7 @@ def test_old_policy_against_the_reference_on_full_logits(
     model = tiny_model(scale=12.0)
     old = old_policy(experiment, model, preset, batch)
     expected = select_candidates_from_logits(
-        _logits(model, batch.answers),
+        full_logits(model, batch.answers),
         _targets(batch),
         **preset.candidate_rule(),
         exclude_N=_last(batch) if preset.skip_last_token else None,
@@ -118,8 +92,8 @@ def test_credit_by_the_written_formulas(tiny_experiment, tiny_model, batch, pres
     credit = assign(experiment, preset, batch, old, reward_model, Ipvrm(beta=beta))
 
     targets, last = _targets(batch), _last(batch)
-    policy_NV = (_logits(model, batch.answers).double() / temperature).log_softmax(-1)
-    reward_NV = (_logits(reward_model, batch.answers).double() / temperature).log_softmax(-1)
+    policy_NV = (full_logits(model, batch.answers).double() / temperature).log_softmax(-1)
+    reward_NV = (full_logits(reward_model, batch.answers).double() / temperature).log_softmax(-1)
     delta_NV = beta * (reward_NV - policy_NV)
     own_N = delta_NV.gather(1, targets[:, None])[:, 0]
     bounds = old.cu_seqlens.tolist()
@@ -159,7 +133,7 @@ def test_skip_last_token_leaves_no_candidates_there(tiny_experiment, tiny_model,
         credit = assign(experiment, chosen, batch, old, reward_model, Ipvrm())
         rows = torch.arange(len(last))
         made = make_policy_batch(chosen, credit, batch.answers, rows, None)
-        logits = _logits(model, batch.answers)[last]
+        logits = full_logits(model, batch.answers)[last]
         loss = distrl_loss_from_logits(logits, made.rows(last), chosen.loss_config()).metrics["loss_candidates"]
         assert (loss == 0) == skip
 
@@ -204,7 +178,7 @@ def test_gradient_does_not_depend_on_micro_batches(tiny_experiment, tiny_model, 
     reward_model = tiny_model(2, 12.0)
     gradients, numbers = {}, {}
     for limit in (10_000, 40, 1):
-        experiment = tiny_experiment_for(tiny_experiment, limit)
+        experiment = at_limit(tiny_experiment, limit)
         model = tiny_model(1, 8.0)
         old = old_policy(experiment, model, preset, batch)
         credit = assign(experiment, preset, batch, old, reward_model, Ipvrm())
@@ -242,15 +216,6 @@ def test_gradient_does_not_depend_on_micro_batches(tiny_experiment, tiny_model, 
         assert numbers[limit] == pytest.approx(numbers[10_000], abs=1e-5)
 
 
-def tiny_experiment_for(make, limit: int):
-    """A new run folder for every setting: a folder keeps one configuration."""
-    from ipvrm_core.trainer.experiment import Experiment
-
-    first = make()
-    config = first.config.model_copy(update={"micro_batch_tokens": limit})
-    return Experiment(config, first.run.parent / f"limit-{limit}")
-
-
 def test_minibatches_cover_every_epoch(tiny_config):
     rl = tiny_config(rl={"x": {"epochs": 2, "minibatch": 4}}).rl["x"]
     torch.manual_seed(0)
@@ -268,7 +233,7 @@ def test_minibatches_cover_every_epoch(tiny_config):
 def test_reward_gradient_does_not_depend_on_micro_batches(tiny_experiment, tiny_model, batch, limit):
     results = []
     for tokens in (10_000, limit):
-        experiment = tiny_experiment_for(tiny_experiment, tokens)
+        experiment = at_limit(tiny_experiment, tokens)
         model = tiny_model(1)
         reference_N = sampled_logprobs(experiment, tiny_model(2), batch.answers)
         weights, boundary = torch.linspace(0.1, 0.6, 6), torch.linspace(-1, 1, 6)
@@ -343,213 +308,3 @@ def test_unmixed_groups_give_the_reward_model_no_gradient(tiny_experiment, tiny_
     )
     assert numbers == {"rm_loss": 0.0, "rm_grad_norm": 0.0}
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
-
-
-# ---- the choice of prompts
-
-
-@pytest.fixture
-def sampled(monkeypatch):
-    """Replaces sampling: prompt number i has `right[i]` right answers of three, the right ones first."""
-
-    def use(right: list[int]) -> list[tuple[int, int]]:
-        asked = []
-
-        def sample_and_verify(experiment, model, examples, samples, **settings):
-            numbers = [int(example.id.rsplit("-", 1)[1]) for example in examples]
-            asked.append((numbers[0], len(numbers)))
-            made = [Sample([number + 2], [s + 2, 1], [0.0, 0.0], True) for number in numbers for s in range(samples)]
-            verdicts = [
-                Verdict(True, "ok") if s < right[number] else Verdict(False, ("ok", "timeout", "no_answer")[s])
-                for number in numbers
-                for s in range(samples)
-            ]
-            return made, verdicts
-
-        monkeypatch.setattr(collecting, "sample_and_verify", sample_and_verify)
-        return asked
-
-    return use
-
-
-def _preset(policy: str, keep: int = 3):
-    return replace(PAPER, prompts=4, keep_prompts=keep, rollouts=3, too_few_mixed=policy)
-
-
-def _kept(made: Collected) -> list[int]:
-    """Numbers of the kept prompts, in order."""
-    return [answer.prompt_ids[0] - 2 for answer in made.answers[::3]]
-
-
-@pytest.mark.parametrize("policy", ["sample_on", "fill"])
-def test_the_first_mixed_prompts_are_kept(tiny_experiment, sampled, policy):
-    asked = sampled([1, 3, 2, 1, 0, 0, 0, 0])
-    made = collect(tiny_experiment(), None, _preset(policy, keep=2), 0, 4)
-    assert _kept(made) == [0, 2]
-    assert asked == [(0, 4)]
-    assert made.cursor == 4
-    assert made.rewards_B.tolist() == [1, 0, 0, 1, 1, 0]
-    assert made.groups_B.tolist() == [0, 0, 0, 1, 1, 1]
-    assert made.group_mean_B.tolist() == pytest.approx([1 / 3] * 3 + [2 / 3] * 3)
-    assert [answer.response_ids[0] for answer in made.answers] == [2, 3, 4] * 2
-    assert made.numbers["mixed_prompts"] == 0.75
-    assert made.numbers["accuracy"] == 7 / 12
-    assert made.numbers["kept_prompts"] == 2
-
-
-def test_sample_on_goes_on_until_there_are_enough(tiny_experiment, sampled):
-    asked = sampled([0, 1, 3, 0, 0, 0, 2, 0, 1, 1, 1, 1])
-    made = collect(tiny_experiment(), None, _preset("sample_on"), 0, 4)
-    assert asked == [(0, 4), (4, 4), (8, 4)]
-    assert _kept(made) == [1, 6, 8]
-    assert made.cursor == 12
-    assert made.numbers["mixed_prompts"] == 0.25  # of the first round
-
-
-def test_sample_on_stops_after_max_rounds_with_what_is_there(tiny_experiment, sampled):
-    asked = sampled([0, 1, 3, 0, 0, 0, 0, 0, 1, 1, 1, 1])
-    made = collect(tiny_experiment(), None, _preset("sample_on"), 0, 2)
-    assert asked == [(0, 4), (4, 4)]
-    assert _kept(made) == [1]
-    assert made.numbers["kept_prompts"] == 1
-
-
-def test_fill_completes_with_unmixed_prompts(tiny_experiment, sampled):
-    asked = sampled([0, 3, 2, 0] + [1] * 8)
-    made = collect(tiny_experiment(), None, _preset("fill"), 0, 4)
-    assert asked == [(0, 4)]
-    assert _kept(made) == [2, 0, 1]
-    assert made.group_mean_B.tolist() == pytest.approx([2 / 3] * 3 + [0.0] * 3 + [1.0] * 3)
-    assert outcome_advantages(made.rewards_B, made.groups_B)[3:].tolist() == [0.0] * 6
-
-
-@pytest.mark.parametrize("policy", ["sample_on", "fill"])
-def test_nothing_mixed_is_an_error(tiny_experiment, sampled, policy):
-    sampled([0, 3] * 20)
-    with pytest.raises(RuntimeError, match="both right and wrong"):
-        collect(tiny_experiment(), None, _preset(policy), 0, 3)
-
-
-def test_the_cursor_is_where_the_last_batch_ended(tiny_experiment, sampled):
-    asked = sampled([1] * 12)
-    made = collect(tiny_experiment(), None, _preset("fill"), 4, 3)
-    assert asked == [(4, 4)]
-    assert made.cursor == 8
-
-
-def test_undecided_verdicts_are_counted(tiny_experiment, sampled):
-    sampled([1, 2, 1, 1])
-    numbers = collect(tiny_experiment(), None, _preset("fill"), 0, 3).numbers
-    assert numbers["verdict_timeout"] == 3  # second answers of prompts 0, 2, 3
-    assert numbers["verdict_no_answer"] == 4
-    assert numbers["verdict_error"] == 0
-
-
-# ---- candidate credit
-
-
-class _Table(torch.nn.Module):
-    """A language model by hand: the next token's logits are a function of the last character and the position."""
-
-    def __init__(self, experiment, logits_of):
-        from transformers import PretrainedConfig
-
-        super().__init__()
-        self.config = PretrainedConfig()
-        self.experiment, self.logits_of = experiment, logits_of
-        self.head = torch.nn.Linear(len(experiment.tokenizer), len(experiment.tokenizer), bias=False)
-        with torch.no_grad():
-            self.head.weight.copy_(torch.eye(len(experiment.tokenizer)))
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def get_decoder(self):
-        return lambda input_ids, attention_mask, use_cache: _Hidden(
-            torch.stack([self.logits_of(row) for row in input_ids])
-        )
-
-
-class _Hidden:
-    def __init__(self, last_hidden_state):
-        self.last_hidden_state = last_hidden_state
-
-
-def _digits(experiment, prefer: str | None):
-    """Two digits have probability nearly 1/2 each everywhere: "4" and "5"; `prefer` is the likelier one by far."""
-
-    def logits_of(row):
-        logits = torch.full((len(row), len(experiment.tokenizer)), -9.0)
-        for digit in "45":
-            logits[:, experiment.tokenizer.convert_tokens_to_ids(digit)] = 3.0 if digit == prefer else 0.0
-        return logits
-
-    return logits_of
-
-
-def test_due_tokens_by_hand(tiny_experiment):
-    """2+3? asks for 2+3=5;#5 (";" just ends a step). Steps after a wrong digit go by what it states."""
-    experiment = tiny_experiment()
-    example = Example("x", "2+3?", "5")
-    prompt = experiment.encode_prompt(example)
-    ids = experiment.encode_answer("2+3=5;#5")
-    pad = experiment.tokenizer.pad_token_id
-
-    def due(response: list[int]) -> list[int]:
-        return true_tokens(experiment, [example], [Sample(prompt, response, [], True)]).tolist()
-
-    due_digits = due(ids)
-    assert [due_digits[t] for t in (2, 4, 7)] == [ids[2], ids[4], ids[7]]
-    assert due_digits[8] == -1  # EOS
-    stated = experiment.encode_answer("2+3=4;#5")
-    wrong = due(stated)
-    assert wrong[:5] == due_digits[:5]  # "5" was due where "4" stands
-    assert wrong[7] == stated[4]  # and then "4" where "5" stands
-    assert due([*ids[:2], pad, *ids[2:]]) == [*due_digits[:2], -1, *due_digits[2:]]  # specials shift nothing
-    assert due(experiment.encode_answer("")) == [-1]
-
-
-def test_candidate_credit_by_hand(tiny_experiment):
-    """Of the candidates "4" and "5" the latter is due: a reward model that prefers it scores 1, else 0."""
-    experiment = tiny_experiment()
-    examples = [Example("a", "2+3?", "5"), Example("b", "8-3?", "5")]
-    texts = ["2+3=5;#5", "8-3=5;#4"]
-    samples = [
-        Sample(experiment.encode_prompt(example), experiment.encode_answer(text), [], True)
-        for example, text in zip(examples, texts, strict=True)
-    ]
-    policy = _Table(experiment, _digits(experiment, None))
-    models = {prefer: _Table(experiment, _digits(experiment, prefer)) for prefer in "54"}
-    result = candidate_credit(experiment, policy, models, examples, samples)
-    assert result["positions"] == 4
-    assert result["chance"] == pytest.approx(0.5)
-    assert result["5"] == 1.0
-    assert result["4"] == 0.0
-    assert result["policy"] in (0.0, 1.0)  # a tie at every position
-
-
-def test_candidate_credit_measures_the_advantage_not_the_probability(tiny_experiment):
-    """The policy prefers "4" by 2.2 nats; a reward model that prefers it by less favours "5" relative to the policy."""
-    experiment = tiny_experiment()
-    examples = [Example("a", "2+3?", "5")]
-    samples = [Sample(experiment.encode_prompt(examples[0]), experiment.encode_answer("2+3=5;#5"), [], True)]
-
-    def leaning(nats: float):
-        def logits_of(row):
-            logits = _digits(experiment, None)(row)
-            logits[:, experiment.tokenizer.convert_tokens_to_ids("4")] += nats
-            return logits
-
-        return _Table(experiment, logits_of)
-
-    models = {"less": leaning(1.0), "more": leaning(4.0)}
-    result = candidate_credit(experiment, leaning(2.0), models, examples, samples)
-    assert result == {"positions": 2, "chance": 0.5, "policy": 0.0, "less": 1.0, "more": 0.0}
-
-
-def test_candidate_credit_without_positions(tiny_experiment):
-    experiment = tiny_experiment()
-    example = Example("a", "2+3?", "5")
-    samples = [Sample(experiment.encode_prompt(example), experiment.encode_answer(";"), [], True)]
-    policy = _Table(experiment, _digits(experiment, None))
-    assert candidate_credit(experiment, policy, {}, [example], samples) == {"positions": 0}

@@ -1,372 +1,21 @@
-"""Every reward model in the trainer: value heads, weights of a whole step, estimators, and one new file."""
+"""Every objective in the trainer: what a configuration may combine, all phases, and one new file."""
 
 import json
 import shutil
 import sys
-from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
 from ipvrm_core import PRESETS, objectives
-from ipvrm_core.objectives.endorm import Endorm
-from ipvrm_core.objectives.implicit_prm import ImplicitPrm
-from ipvrm_core.objectives.ipvrm import Ipvrm
-from ipvrm_core.objectives.prime import Prime
-from ipvrm_core.objectives.qrm import Qrm
-from ipvrm_core.objectives.repirl import Repirl
-from ipvrm_core.reference.advantages import (
-    masked_step_advantages,
-    outcome_advantages,
-    prime_advantages,
-    rloo_advantages,
-)
-from ipvrm_core.reference.reward_losses import qrm_loss, repirl_weights
-from ipvrm_core.reference.segments import expand
-from ipvrm_core.trainer import checkpoint
-from ipvrm_core.trainer import credit as crediting
-from ipvrm_core.trainer.batching import Answer
-from ipvrm_core.trainer.collect import Collected
-from ipvrm_core.trainer.config import ConfigError, Lora, RlRewardModel, check
-from ipvrm_core.trainer.credit import assign, old_policy, update_reward_model
-from ipvrm_core.trainer.evaluation.step_scores import score_traces
+from ipvrm_core.trainer.config import ConfigError, check
 from ipvrm_core.trainer.experiment import Experiment
-from ipvrm_core.trainer.models import add_lora, add_value_head, load_pretrained, save_model
+from ipvrm_core.trainer.models import load_pretrained
 from ipvrm_core.trainer.phases import distrl, evaluate, rollout, sft, train_rm
-from ipvrm_core.trainer.policy_update import make_policy_batch
-from ipvrm_core.trainer.reward import auc, backward_reward_loss, sampled_logprobs, scores
+from ipvrm_core.trainer.reward import sampled_logprobs
 
 PAPER = PRESETS["paper"]
-LENGTHS = [4, 7, 2, 5, 10, 3]
-CU = torch.tensor([0, *LENGTHS]).cumsum(0)
-
-
-@pytest.fixture
-def batch() -> Collected:
-    """Two prompts, three answers each, of different lengths."""
-    generator = torch.Generator().manual_seed(5)
-
-    def ids(count: int) -> list[int]:
-        return torch.randint(2, 19, (count,), generator=generator).tolist()
-
-    prompts = [ids(4), ids(6)]
-    answers = [Answer(prompts[i // 3], [*ids(length - 1), 1]) for i, length in enumerate(LENGTHS)]
-    rewards = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 0.0])
-    means = torch.tensor([1 / 3] * 3 + [2 / 3] * 3)
-    return Collected(answers, rewards, torch.tensor([0, 0, 0, 1, 1, 1]), means, 0, {})
-
-
-def at_limit(make, limit: int) -> Experiment:
-    """A run folder of its own for every micro-batch size."""
-    first = make()
-    config = first.config.model_copy(update={"micro_batch_tokens": limit})
-    return Experiment(config, first.run.parent / f"limit-{limit}")
-
-
-def with_value_head(model):
-    head = add_value_head(model)
-    with torch.no_grad():
-        head.weight.copy_(torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(9)))
-        head.bias.fill_(0.3)
-    return model
-
-
-# ---- the value head
-
-
-def test_a_value_head_scores_the_state_after_each_token(tiny_experiment, tiny_model, batch):
-    experiment, model = tiny_experiment(micro_batch_tokens=24), with_value_head(tiny_model(1))
-    ours = scores(experiment, model, Qrm(), batch.answers)
-    expected = []
-    with torch.no_grad():
-        for answer in batch.answers:
-            ids = torch.tensor([answer.prompt_ids + answer.response_ids])
-            hidden = model.get_decoder()(input_ids=ids).last_hidden_state[0, len(answer.prompt_ids) :]
-            expected.append((hidden @ model.value_head.weight[0]) + model.value_head.bias)
-    torch.testing.assert_close(ours, torch.cat(expected), rtol=0, atol=1e-4)
-
-
-def test_the_score_of_each_kind(tiny_experiment, tiny_model, batch):
-    experiment, model = tiny_experiment(), tiny_model(1)
-    own, reference = sampled_logprobs(experiment, model, batch.answers), torch.randn(sum(LENGTHS))
-    assert torch.equal(scores(experiment, model, Ipvrm(), batch.answers, reference), own - reference)
-    assert torch.equal(scores(experiment, model, Endorm(), batch.answers), own)
-    assert torch.equal(scores(experiment, model, Endorm(), batch.answers, reference), own)
-    explicit = Repirl(head="value")
-    values = scores(experiment, with_value_head(model), explicit, batch.answers, reference)
-    assert torch.equal(values, scores(experiment, model, Qrm(), batch.answers))
-
-
-@pytest.mark.parametrize("lora", [False, True])
-def test_a_value_head_is_trained_saved_and_loaded(tiny_experiment, tiny_model, batch, tmp_path, lora):
-    experiment, model = tiny_experiment(), tiny_model(1)
-    if lora:
-        model = add_lora(model, Lora(rank=2, alpha=4.0))
-    with_value_head(model)
-    trained = checkpoint.trainable(model)
-    assert sum("value_head" in name for name in trained) == 2
-    assert not any("lora" in name and "value_head" in name for name in trained)
-    before = scores(experiment, model, Qrm(), batch.answers)
-    save_model(model, experiment.tokenizer, tmp_path / "model")
-    loaded = load_pretrained(tmp_path / "model")
-    torch.testing.assert_close(scores(experiment, loaded, Qrm(), batch.answers), before, rtol=0, atol=1e-5)
-    again = add_lora(loaded, Lora(rank=2, alpha=4.0))  # the online update: adapters on a model that has a value head
-    trained = checkpoint.trainable(again)
-    assert sum("value_head" in name for name in trained) == 2
-    assert not any("lora" in name and "value_head" in name for name in trained)
-    torch.testing.assert_close(scores(experiment, again, Qrm(), batch.answers), before, rtol=0, atol=1e-5)
-
-
-def test_a_model_without_a_value_head_is_saved_as_before(tiny_experiment, tiny_model, tmp_path):
-    save_model(tiny_model(), tiny_experiment().tokenizer, tmp_path / "model")
-    assert not (tmp_path / "model/value_head.safetensors").exists()
-    assert not hasattr(load_pretrained(tmp_path / "model"), "value_head")
-
-
-# ---- the loss
-
-
-@pytest.mark.parametrize(
-    "objective",
-    [Qrm(), Prime(), Repirl(), Repirl(length="sum"), Repirl(head="value")],
-    ids=lambda o: f"{o.name}-{o.head}",
-)
-@pytest.mark.parametrize("limit", [1, 40])
-def test_reward_gradient_does_not_depend_on_micro_batches(tiny_experiment, tiny_model, batch, objective, limit):
-    """For rePIRL this says that the weights of failed answers share one normaliser over the whole step."""
-    results = []
-    for tokens in (10_000, limit):
-        experiment = at_limit(tiny_experiment, tokens)
-        model = tiny_model(1)
-        if objective.head == "value":
-            with_value_head(model)
-        reference_N = sampled_logprobs(experiment, tiny_model(2), batch.answers)
-        weights = torch.full((6,), 1 / 6)
-        loss = backward_reward_loss(experiment, model, objective, batch.answers, reference_N, batch.rewards_B, weights)
-        results.append((loss, [p.grad for p in model.parameters() if p.grad is not None]))
-    (loss, grads), (other_loss, other_grads) = results
-    assert other_loss == pytest.approx(loss, rel=1e-4)
-    assert len(grads) == len(other_grads) > 5
-    for grad, other in zip(grads, other_grads, strict=True):
-        torch.testing.assert_close(
-            other, grad, rtol=0, atol=2e-5 * grad.abs().max().item() + 1e-7
-        )  # Q-RM: the bias cancels
-
-
-def test_the_loss_sees_the_same_scores_as_everybody_else(tiny_experiment, tiny_model, batch):
-    """Of a value head: the state after each token, in training as in scoring. Pairs (0, 1), (2, 3), (4, 5)."""
-    experiment, model = tiny_experiment(), with_value_head(tiny_model(1))
-    score_N = scores(experiment, model, Qrm(), batch.answers)
-    expected = qrm_loss(score_N, CU, torch.arange(6).view(3, 2)).mean().item()
-    unused_N, weights_B = torch.zeros(sum(LENGTHS)), torch.full((6,), 1 / 6)
-    loss = backward_reward_loss(experiment, model, Qrm(), batch.answers, unused_N, batch.rewards_B, weights_B)
-    assert loss == pytest.approx(expected, rel=1e-5)
-
-
-@pytest.mark.parametrize("given", [False, True])
-def test_the_weights_of_repirl_are_of_the_policy_that_sampled(tiny_experiment, tiny_model, batch, given):
-    """The loss by its formula from scores and log-probs; without policy_logprobs_N the reference is that policy."""
-    experiment, model, objective = tiny_experiment(), tiny_model(1), Repirl(beta=0.5)
-    reference_N = sampled_logprobs(experiment, tiny_model(2), batch.answers)
-    policy_N = sampled_logprobs(experiment, tiny_model(3), batch.answers)
-    reward_N = 0.5 * (sampled_logprobs(experiment, model, batch.answers) - reference_N)
-    weights_B = repirl_weights(
-        reward_N, policy_N if given else reference_N, CU, batch.rewards_B, torch.full((6,), 1 / 6)
-    )
-    means = torch.stack([piece.mean() for piece in reward_N.split(LENGTHS)])
-    expected = (weights_B * means * (1 - 2 * batch.rewards_B)).sum().item()
-    arguments = (batch.answers, reference_N, batch.rewards_B, torch.full((6,), 1 / 6), None)
-    loss = backward_reward_loss(experiment, model, objective, *arguments, policy_N if given else None)
-    assert loss == pytest.approx(expected, rel=1e-4)
-
-
-@pytest.mark.parametrize(
-    ("objective", "plain", "boundary"), [(Prime(), True, False), (ImplicitPrm(), False, False), (Ipvrm(), False, True)]
-)
-def test_online_weights_and_boundary(tiny_experiment, tiny_model, batch, monkeypatch, objective, plain, boundary):
-    """1/B for PRIME; 1 - mu and mu for those that take the dynamic weights; V(x) only for IPVRM; pi_old always."""
-    seen = {}
-
-    def record(experiment, model, objective, answers, ref_N, labels_B, weights_B, boundary_B, policy_N):
-        seen.update(labels=labels_B, weights=weights_B, boundary=boundary_B, ref=ref_N, policy=policy_N)
-        return 0.0
-
-    monkeypatch.setattr(crediting, "backward_reward_loss", record)
-    monkeypatch.setattr(crediting, "apply_step", lambda *_: 0.0)
-    experiment, model = tiny_experiment(), tiny_model()
-    old = old_policy(experiment, model, PAPER, batch)
-    torch.manual_seed(0)
-    update_reward_model(
-        experiment,
-        PAPER,
-        RlRewardModel(name="x"),
-        objective,
-        model,
-        None,
-        batch,
-        old.logprobs_N - 1,
-        old.cu_seqlens,
-        1,
-        1,
-        old.logprobs_N,
-    )
-    assert torch.equal(seen["policy"] - 1, seen["ref"])
-    assert (seen["boundary"] is not None) == boundary
-    weights = sorted((6 * seen["weights"]).tolist())
-    expected = [1.0] * 6 if plain else [1 / 3] * 4 + [2 / 3] * 2
-    assert weights == pytest.approx(expected)
-
-
-# ---- estimators
-
-
-@pytest.fixture
-def assigned(tiny_experiment, tiny_model, batch):
-    """assigned(objective, **settings) -> (credit, delta of the sampled tokens by hand), reward model number 2."""
-    experiment, model, reward_model = tiny_experiment(), tiny_model(1, 12.0), with_value_head(tiny_model(2, 12.0))
-
-    def run(objective=None, ref_N=None, **settings):
-        preset = replace(PAPER, **settings)
-        old = old_policy(experiment, model, preset, batch)
-        credit = assign(experiment, preset, batch, old, reward_model if objective else None, objective, ref_N)
-        if objective is None:
-            return credit, old.logprobs_N
-        return credit, objective.beta * scores(experiment, reward_model, objective, batch.answers, old.logprobs_N)
-
-    return run
-
-
-def test_outcomes(assigned, batch):
-    advantages = {name: assigned(outcome=name)[0].advantages_N for name in ("grpo", "rloo", "reinforce")}
-    total = sum(LENGTHS)
-    for name, expected_B in (
-        ("grpo", outcome_advantages(batch.rewards_B, batch.groups_B)),
-        ("rloo", torch.tensor([1.0, -0.5, -0.5, 0.5, 0.5, -1.0])),
-        ("reinforce", batch.rewards_B),
-    ):
-        assert torch.equal(advantages[name], expand(expected_B, CU, total))
-
-
-@pytest.mark.parametrize("normalize", ["group", "batch"])
-@pytest.mark.parametrize("estimator", ["td", "mc", "gae", "none"])
-def test_td_mc_and_gae_by_loops(assigned, batch, estimator, normalize):
-    """delta normalised over the prompt's tokens (or the batch, by sigma_V); then its sum from t on, discounted."""
-    discount = {"mc": {"gamma": 0.9}, "gae": {"gamma": 0.9, "lam": 0.5}}.get(estimator, {})
-    settings = {"estimator": estimator, "gae_coef": 0.7, "gae_normalize": normalize, "outcome": "rloo", **discount}
-    credit, delta = assigned(Ipvrm(beta=3.0), **settings)
-    x = delta.double().clone()
-    if normalize == "group":
-        for rows in (slice(0, CU[3]), slice(CU[3], CU[6])):
-            x[rows] = (x[rows] - x[rows].mean()) / (x[rows].std(unbiased=False) + 1e-6)
-    else:
-        x = (x - x.mean()) / (credit.values_N.double().std(unbiased=False) + 1e-6)
-    decay = {"td": 0.0, "mc": 0.9, "gae": 0.45, "none": 0.0}[estimator]
-    process = torch.zeros_like(x)
-    for a, b in pairwise(CU.tolist()):
-        for t in range(a, b):
-            process[t] = sum(decay ** (i - t) * x[i] for i in range(t, b))
-    if normalize == "batch":
-        process = (process - process.mean()) / (process.var() + 1e-8).sqrt()
-    outcome = expand(rloo_advantages(batch.rewards_B, batch.groups_B), CU, len(x)).double()
-    expected = outcome + (0.0 if estimator == "none" else 0.7 * process)
-    torch.testing.assert_close(credit.advantages_N.double(), expected, rtol=1e-3, atol=1e-3)
-
-
-def test_gae_with_its_defaults_is_mc_to_the_bit(assigned):
-    assert torch.equal(assigned(Ipvrm())[0].advantages_N, assigned(Ipvrm(), estimator="mc")[0].advantages_N)
-
-
-@pytest.mark.parametrize("skip", [False, True])
-def test_prime(assigned, batch, skip):
-    """The whole advantage, whitened. PRIME's code leaves out the last token's reward: method.skip_last_token."""
-    credit, delta = assigned(Prime(), estimator="prime", outcome="rloo", gae_coef=0.4, skip_last_token=skip)
-    if skip:
-        delta = delta.clone()
-        delta[CU[1:] - 1] = 0.0
-    expected = prime_advantages(delta, batch.rewards_B, CU, batch.groups_B, coef=0.4)
-    torch.testing.assert_close(credit.advantages_N, expected, rtol=1e-4, atol=1e-4)
-    assert credit.advantages_N.mean().abs() < 1e-5
-    assert credit.advantages_N.std() == pytest.approx(1.0, abs=1e-4)
-
-
-def test_masked_step_advantages_of_a_reward_model(assigned, batch):
-    credit, delta = assigned(Ipvrm(), estimator="msa", gae_coef=0.3)
-    outcome = expand(outcome_advantages(batch.rewards_B, batch.groups_B), CU, len(delta))
-    expected = outcome + 0.3 * masked_step_advantages(delta, CU, batch.groups_B)
-    torch.testing.assert_close(credit.advantages_N, expected, rtol=1e-4, atol=1e-4)
-
-
-def test_spro_takes_the_policy_against_the_start(assigned, batch):
-    ref_N = -torch.rand(sum(LENGTHS))
-    credit, own = assigned(None, ref_N, estimator="msa", gae_coef=0.3)
-    outcome = expand(outcome_advantages(batch.rewards_B, batch.groups_B), CU, len(own))
-    expected = outcome + 0.3 * masked_step_advantages(own - ref_N, CU, batch.groups_B)
-    torch.testing.assert_close(credit.advantages_N, expected, rtol=1e-5, atol=1e-5)
-    assert credit.candidates is None
-
-
-def test_credit_of_a_value_head(assigned, batch):
-    """beta Z of the sampled tokens; nothing for the candidates, and a policy batch without them."""
-    credit, delta = assigned(Qrm(beta=0.5), estimator="td", alpha=0.0, gae_coef=2.0)
-    x = delta.double().clone()
-    for rows in (slice(0, CU[3]), slice(CU[3], CU[6])):
-        x[rows] = (x[rows] - x[rows].mean()) / (x[rows].std(unbiased=False) + 1e-6)
-    outcome = expand(outcome_advantages(batch.rewards_B, batch.groups_B), CU, len(x)).double()
-    torch.testing.assert_close(credit.advantages_N.double(), outcome + 2 * x, rtol=1e-3, atol=1e-3)
-    values = torch.cat([piece.cumsum(0) for piece in delta.split(LENGTHS)])
-    torch.testing.assert_close(credit.values_N, values, rtol=1e-4, atol=1e-4)
-    assert credit.delta_NK is None
-    rows = torch.arange(sum(LENGTHS))
-    assert (
-        make_policy_batch(replace(PAPER, alpha=0.0), credit, batch.answers, rows, None).candidate_ids_NK.shape[1] == 0
-    )
-
-
-def test_credit_without_a_reference(assigned, batch, tiny_experiment, tiny_model):
-    """EndoRM: delta(v) = log pi of its own, sampled tokens and candidates alike."""
-    credit, delta = assigned(Endorm())
-    own = sampled_logprobs(tiny_experiment(), tiny_model(2, 12.0), batch.answers)
-    torch.testing.assert_close(delta, own)
-    values = torch.cat([piece.cumsum(0) for piece in own.split(LENGTHS)])
-    torch.testing.assert_close(credit.values_N, values, rtol=1e-4, atol=1e-3)
-    targets = torch.tensor([token for answer in batch.answers for token in answer.response_ids])
-    sampled = credit.candidates.ids_NK == targets[:, None]
-    assert sampled.any()
-    picked = credit.delta_NK[sampled]
-    torch.testing.assert_close(picked, own[sampled.any(1)], rtol=1e-4, atol=1e-3)
-
-
-# ---- evaluation
-
-
-@pytest.mark.parametrize("objective", [Endorm(decay=0.8), Qrm(), Ipvrm()], ids=lambda o: o.name)
-def test_steps_and_answers_are_scored_by_the_objective(tiny_experiment, tiny_model, objective):
-    """Step sums and the held-out AUC from token scores: discounted log-probs, values, log-ratios."""
-    experiment, model, reference = tiny_experiment(), with_value_head(tiny_model(1)), tiny_model(2)
-    traces = experiment.task.labelled_traces(3, 4, "train")
-    scored = score_traces(experiment, model, reference, traces, objective)
-
-    def encode(text: str) -> list[int]:
-        return experiment.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-    groups = []
-    for trace, process in zip(traces, scored["process"], strict=True):
-        answer = Answer(encode(trace.prompt), encode("".join(trace.steps)))
-        ref_N = sampled_logprobs(experiment, reference, [answer])
-        token_N = scores(experiment, model, objective, [answer], ref_N)
-        if objective.name == "endorm":
-            token_N = token_N * 0.8 ** torch.arange(len(token_N))
-        expected = [piece.sum().item() for piece in token_N.split([len(step) for step in trace.steps])]
-        assert process == pytest.approx(expected, abs=1e-3)
-        right = len(groups) % 2 == 0
-        groups.append((rollout.Rollouts(len(groups), [answer], [right], [ref_N.tolist()]), token_N, right))
-    numbers = train_rm.validate(experiment, model, [group for group, _, _ in groups], objective)
-    labels = torch.tensor([right for _, _, right in groups])
-    for name, statistic in (("held_out_auc", torch.mean), ("held_out_auc_sum", torch.sum)):
-        expected = auc(torch.stack([statistic(token_N) for _, token_N, _ in groups]), labels)
-        assert numbers[name] == pytest.approx(expected)
 
 
 # ---- what a configuration may combine
@@ -418,6 +67,12 @@ def configured(objective: str | None = "ipvrm", rm: dict | None = None, update: 
         ({"estimator": "none", "lam": 0.5}, ["method.lam must be 1", "'none'"]),
         ({"estimator": "sarsa"}, ["method.estimator", "'sarsa'"]),
         ({"outcome": "ppo"}, ["method.outcome", "'ppo'"]),
+        ({"accuracy_range": [0.8, 0.2]}, ["accuracy_range must be [low, high] with 0 <= low <= high", "[0.8, 0.2]"]),
+        ({"accuracy_range": [0.2, 1.2]}, ["accuracy_range must be [low, high]", "[0.2, 1.2]"]),
+        ({"accuracy_range": [0.2, 0.3, 0.8]}, ["method.accuracy_range"]),
+        ({"accuracy_range": [0.3, 0.4], "rollouts": 4}, ["one of the shares 1/4 .. 3/4", "rollouts = 4", "[0.3, 0.4]"]),
+        ({"accuracy_range": [1.0, 1.0]}, ["one of the shares 1/6 .. 5/6", "[1.0, 1.0]"]),
+        ({"accuracy_range": [0.2, 0.8], "too_few_mixed": "fill"}, ["too_few_mixed must be 'sample_on'", "got 'fill'"]),
     ],
 )
 def test_impossible_combinations(arguments, parts):
@@ -438,6 +93,8 @@ def test_impossible_combinations(arguments, parts):
         {"objective": None, "estimator": "msa"},
         {"objective": None, "outcome": "reinforce", "estimator": "none"},
         {"objective": "ipvrm", "estimator": "mc", "gamma": 0.9},
+        {"objective": "repirl", "accuracy_range": [0.2, 0.8]},
+        {"accuracy_range": [0, 1], "too_few_mixed": "fill"},
     ],
 )
 def test_possible_combinations_survive_json(arguments):

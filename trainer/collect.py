@@ -1,4 +1,4 @@
-"""One batch of on-policy answers: oversample prompts, verify, keep those whose answers are mixed."""
+"""One batch of on-policy answers: oversample prompts, verify, keep those whose answers are mixed and in the range."""
 
 from dataclasses import dataclass
 
@@ -24,13 +24,14 @@ class Collected:
 
 
 def collect(experiment: Experiment, model: nn.Module, preset: Preset, cursor: int, max_rounds: int) -> Collected:
-    """Sample `prompts` prompts x `rollouts` answers and keep the first `keep_prompts` mixed ones.
+    """Sample `prompts` prompts x `rollouts` answers and keep the first `keep_prompts` that the preset keeps: the mixed
+    ones, 0 < mu < 1, with mu in `accuracy_range`.
 
-    Too few mixed: `sample_on` samples further prompts, at most `max_rounds` rounds, then goes on with what is there;
-    `fill` completes the quota with unmixed prompts (zero outcome advantage, no reward-model loss). RuntimeError when
-    not a single prompt is mixed: there is nothing to learn from.
+    Too few of them: `sample_on` samples further prompts, at most `max_rounds` rounds, then goes on with what is there;
+    `fill` completes the quota with the others (unmixed: zero outcome advantage, no reward-model loss). RuntimeError
+    when not a single prompt is kept: there is nothing to learn from.
     """
-    mixed, unmixed, first = [], [], None
+    good, others, first = [], [], None
     statuses: dict[str, int] = {"no_answer": 0, "timeout": 0, "error": 0}
     for _ in range(max_rounds if preset.too_few_mixed == "sample_on" else 1):
         examples = experiment.examples("rl", cursor, preset.prompts)
@@ -43,20 +44,21 @@ def collect(experiment: Experiment, model: nn.Module, preset: Preset, cursor: in
                 statuses[verdict.status] += 1
         for start in range(0, len(samples), preset.rollouts):
             group = list(range(start, start + preset.rollouts))
-            right = sum(verdicts[i].correct for i in group)
-            target = mixed if 0 < right < preset.rollouts else unmixed
+            target = good if preset.keeps(sum(verdicts[i].correct for i in group)) else others
             target.append([(samples[i], verdicts[i].correct) for i in group])
         if first is None:
-            first = _round_numbers(samples, verdicts, len(mixed) / preset.prompts)
-        if len(mixed) >= preset.keep_prompts:
+            first = _round_numbers(samples, verdicts, preset.rollouts)
+        if len(good) >= preset.keep_prompts:
             break
-    if not mixed:
+    if not good:
+        low, high = preset.accuracy_range
+        within = "" if (low, high) == (0, 1) else f" and an accuracy in [{low:g}, {high:g}]"
         raise RuntimeError(
-            f"none of the last {len(unmixed)} prompts had both right and wrong answers; nothing to learn from"
+            f"none of the last {len(others)} prompts had both right and wrong answers{within}; nothing to learn from"
         )
-    kept = mixed[: preset.keep_prompts]
+    kept = good[: preset.keep_prompts]
     if preset.too_few_mixed == "fill":
-        kept = kept + unmixed[: preset.keep_prompts - len(kept)]
+        kept = kept + others[: preset.keep_prompts - len(kept)]
     rewards_GS = torch.tensor([[float(correct) for _, correct in group] for group in kept])
     size = preset.rollouts
     return Collected(
@@ -69,12 +71,13 @@ def collect(experiment: Experiment, model: nn.Module, preset: Preset, cursor: in
     )
 
 
-def _round_numbers(samples, verdicts, mixed: float) -> dict[str, float]:
-    """Statistics of the first round only: later rounds are the same policy on more prompts."""
+def _round_numbers(samples, verdicts, size: int) -> dict[str, float]:
+    """Statistics of the first round only: later rounds are the same policy on more prompts. size: answers a prompt."""
     count = len(samples)
+    right = [sum(verdict.correct for verdict in verdicts[start : start + size]) for start in range(0, count, size)]
     return {
         "accuracy": sum(verdict.correct for verdict in verdicts) / count,
-        "mixed_prompts": mixed,
+        "mixed_prompts": sum(0 < number < size for number in right) / len(right),
         "response_length": sum(len(sample.response_ids) for sample in samples) / count,
         "finished": sum(sample.finished for sample in samples) / count,
     }

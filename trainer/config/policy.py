@@ -45,6 +45,7 @@ class Rl(Section):
             if getattr(preset, name) != getattr(PRESETS[self.preset], name):
                 raise ValueError(f"method.{name} belongs to the reward model: set it in rm.<name>.args")
         self._check_estimator(preset)
+        self._check_accuracy_range(preset)
         preset.loss_config()
         candidate_slots(preset.p_min, top_k=preset.top_k)  # raises for a rule that cannot be
         self.__dict__["method"] = asdict(preset)  # resolved: what config.json shows is what runs
@@ -66,6 +67,22 @@ class Rl(Section):
                     f"method.{name} must be 1 for method.estimator = {estimator!r}, which does not use it; "
                     f"got {getattr(preset, name)}"
                 )
+
+    def _check_accuracy_range(self, preset: Preset) -> None:
+        """ValueError for a range that keeps no prompt, or prompts outside that would be filled in all the same."""
+        low, high = given = preset.accuracy_range
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"method.accuracy_range must be [low, high] with 0 <= low <= high <= 1; got {list(given)}")
+        if not any(preset.keeps(right) for right in range(preset.rollouts + 1)):
+            raise ValueError(
+                f"method.accuracy_range must hold one of the shares 1/{preset.rollouts} .. "
+                f"{preset.rollouts - 1}/{preset.rollouts} of rollouts = {preset.rollouts}; got {list(given)}"
+            )
+        if given != (0, 1) and preset.too_few_mixed == "fill":
+            raise ValueError(
+                f"method.too_few_mixed must be 'sample_on' with method.accuracy_range = {list(given)}: 'fill' would "
+                "complete the batch with prompts outside of it; got 'fill'"
+            )
 
     def resolved(self) -> Preset:
         """The preset with `method` applied."""

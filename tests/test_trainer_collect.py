@@ -1,0 +1,137 @@
+"""The choice of prompts: the first that the preset keeps, and what happens when they are too few."""
+
+from dataclasses import replace
+
+import pytest
+
+from ipvrm_core import PRESETS, outcome_advantages
+from ipvrm_core.trainer import collect as collecting
+from ipvrm_core.trainer.collect import Collected, collect
+from ipvrm_core.trainer.rollouts import Sample
+from ipvrm_core.trainer.verify import Verdict
+
+PAPER = PRESETS["paper"]
+
+
+@pytest.fixture
+def sampled(monkeypatch):
+    """Replaces sampling: prompt number i has `right[i]` right answers, the right ones first."""
+
+    def use(right: list[int]) -> list[tuple[int, int]]:
+        asked = []
+
+        def sample_and_verify(experiment, model, examples, samples, **settings):
+            numbers = [int(example.id.rsplit("-", 1)[1]) for example in examples]
+            asked.append((numbers[0], len(numbers)))
+            made = [Sample([number + 2], [s + 2, 1], [0.0, 0.0], True) for number in numbers for s in range(samples)]
+            verdicts = [
+                Verdict(True, "ok") if s < right[number] else Verdict(False, ("ok", "timeout", "no_answer")[s % 3])
+                for number in numbers
+                for s in range(samples)
+            ]
+            return made, verdicts
+
+        monkeypatch.setattr(collecting, "sample_and_verify", sample_and_verify)
+        return asked
+
+    return use
+
+
+def _preset(policy: str, keep: int = 3):
+    return replace(PAPER, prompts=4, keep_prompts=keep, rollouts=3, too_few_mixed=policy)
+
+
+def _kept(made: Collected, rollouts: int = 3) -> list[int]:
+    """Numbers of the kept prompts, in order."""
+    return [answer.prompt_ids[0] - 2 for answer in made.answers[::rollouts]]
+
+
+@pytest.mark.parametrize("policy", ["sample_on", "fill"])
+def test_the_first_mixed_prompts_are_kept(tiny_experiment, sampled, policy):
+    asked = sampled([1, 3, 2, 1, 0, 0, 0, 0])
+    made = collect(tiny_experiment(), None, _preset(policy, keep=2), 0, 4)
+    assert _kept(made) == [0, 2]
+    assert asked == [(0, 4)]
+    assert made.cursor == 4
+    assert made.rewards_B.tolist() == [1, 0, 0, 1, 1, 0]
+    assert made.groups_B.tolist() == [0, 0, 0, 1, 1, 1]
+    assert made.group_mean_B.tolist() == pytest.approx([1 / 3] * 3 + [2 / 3] * 3)
+    assert [answer.response_ids[0] for answer in made.answers] == [2, 3, 4] * 2
+    assert made.numbers["mixed_prompts"] == 0.75
+    assert made.numbers["accuracy"] == 7 / 12
+    assert made.numbers["kept_prompts"] == 2
+
+
+def _in_range(low: float, high: float, keep: int = 3):
+    return replace(_preset("sample_on", keep), rollouts=10, accuracy_range=(low, high))
+
+
+def test_prompts_outside_the_accuracy_range_are_left_out(tiny_experiment, sampled):
+    """Ten answers a prompt, both ends of the range belong to it; the mixed prompts of the log are all mixed ones."""
+    asked = sampled([0, 1, 2, 8, 9, 10, 5, 1])
+    made = collect(tiny_experiment(), None, _in_range(0.2, 0.8), 0, 4)
+    assert _kept(made, 10) == [2, 3, 6]
+    assert asked == [(0, 4), (4, 4)]
+    assert made.group_mean_B[::10].tolist() == pytest.approx([0.2, 0.8, 0.5])
+    assert made.numbers["mixed_prompts"] == 0.75
+    assert made.numbers["kept_prompts"] == 3
+
+
+@pytest.mark.parametrize(("low", "high", "kept"), [(0.0, 1.0, [1, 2, 3]), (0.0, 0.1, [1]), (0.9, 1.0, [2])])
+def test_a_range_up_to_the_end_still_keeps_mixed_prompts_only(tiny_experiment, sampled, low, high, kept):
+    sampled([0, 1, 9, 5, 10, 0, 0, 10])
+    assert _kept(collect(tiny_experiment(), None, _in_range(low, high), 0, 2), 10) == kept
+
+
+def test_nothing_in_the_range_is_an_error(tiny_experiment, sampled):
+    sampled([1, 9, 1, 9])
+    with pytest.raises(RuntimeError, match=r"last 4 prompts had both .* and an accuracy in \[0.2, 0.8\]; nothing"):
+        collect(tiny_experiment(), None, _in_range(0.2, 0.8), 0, 1)
+
+
+def test_sample_on_goes_on_until_there_are_enough(tiny_experiment, sampled):
+    asked = sampled([0, 1, 3, 0, 0, 0, 2, 0, 1, 1, 1, 1])
+    made = collect(tiny_experiment(), None, _preset("sample_on"), 0, 4)
+    assert asked == [(0, 4), (4, 4), (8, 4)]
+    assert _kept(made) == [1, 6, 8]
+    assert made.cursor == 12
+    assert made.numbers["mixed_prompts"] == 0.25  # of the first round
+
+
+def test_sample_on_stops_after_max_rounds_with_what_is_there(tiny_experiment, sampled):
+    asked = sampled([0, 1, 3, 0, 0, 0, 0, 0, 1, 1, 1, 1])
+    made = collect(tiny_experiment(), None, _preset("sample_on"), 0, 2)
+    assert asked == [(0, 4), (4, 4)]
+    assert _kept(made) == [1]
+    assert made.numbers["kept_prompts"] == 1
+
+
+def test_fill_completes_with_unmixed_prompts(tiny_experiment, sampled):
+    asked = sampled([0, 3, 2, 0] + [1] * 8)
+    made = collect(tiny_experiment(), None, _preset("fill"), 0, 4)
+    assert asked == [(0, 4)]
+    assert _kept(made) == [2, 0, 1]
+    assert made.group_mean_B.tolist() == pytest.approx([2 / 3] * 3 + [0.0] * 3 + [1.0] * 3)
+    assert outcome_advantages(made.rewards_B, made.groups_B)[3:].tolist() == [0.0] * 6
+
+
+@pytest.mark.parametrize("policy", ["sample_on", "fill"])
+def test_nothing_mixed_is_an_error(tiny_experiment, sampled, policy):
+    sampled([0, 3] * 20)
+    with pytest.raises(RuntimeError, match="both right and wrong"):
+        collect(tiny_experiment(), None, _preset(policy), 0, 3)
+
+
+def test_the_cursor_is_where_the_last_batch_ended(tiny_experiment, sampled):
+    asked = sampled([1] * 12)
+    made = collect(tiny_experiment(), None, _preset("fill"), 4, 3)
+    assert asked == [(4, 4)]
+    assert made.cursor == 8
+
+
+def test_undecided_verdicts_are_counted(tiny_experiment, sampled):
+    sampled([1, 2, 1, 1])
+    numbers = collect(tiny_experiment(), None, _preset("fill"), 0, 3).numbers
+    assert numbers["verdict_timeout"] == 3  # second answers of prompts 0, 2, 3
+    assert numbers["verdict_no_answer"] == 4
+    assert numbers["verdict_error"] == 0
