@@ -13,7 +13,7 @@ pytest.importorskip("pydantic")
 from ipvrm_core.trainer import cli
 from ipvrm_core.trainer.evaluation import best_of_n
 from ipvrm_core.trainer.evaluation.best_of_n import best_of, majority, pass_at, weighted_vote
-from ipvrm_core.trainer.evaluation.stored_answers import evaluate, read_stored
+from ipvrm_core.trainer.evaluation.stored_answers import Stored, evaluate, markdown, read_stored
 
 
 @st.composite
@@ -157,10 +157,24 @@ def test_results_count_what_is_left_out(tmp_path):
     result = evaluate(read_stored(write(tmp_path / "a.jsonl", ROWS), scores=["s"]), [1, 2, 4], resamples=50)
     assert (result["1"]["problems"], result["1"]["left_out"]) == (2, 0)
     assert (result["2"]["problems"], result["2"]["left_out"]) == (1, 1)
-    assert result["4"] == {"problems": 0, "left_out": 2}
+    assert result["4"] == {"problems": 0, "left_out": 2, "answers": 0, "unscored": 0}
     assert result["1"]["average"]["mean"] == result["1"]["best:s"]["mean"] == 0.25
     assert result["2"]["best:s"]["mean"] == 0.0  # the wrong answer scores higher
     assert result["2"]["pass"]["mean"] == 1.0
+
+
+def test_an_answer_without_a_score_is_never_chosen_but_votes():
+    """Answers a a b, all but the last unscored: of the pairs aa, ab, ab the score chooses nothing, b, b."""
+    item = Stored(["a", "a", "b"], [True, True, False], {"s": [None, None, 1.0]})
+    result = evaluate({"p": item}, [1, 2, 3], resamples=0)
+    assert [result[n]["best:s"]["mean"] for n in "123"] == [0.0, 0.0, 0.0]
+    assert [result[n]["vote:s"]["mean"] for n in "123"] == [0.0, 0.0, 0.0]
+    assert [result[n]["majority"]["mean"] for n in "123"] == pytest.approx([2 / 3, 2 / 3, 1.0])
+    assert (result["1"]["answers"], result["1"]["unscored"]) == (3, 2)
+    item.scores = {"s": [None, 1.0, 0.0]}  # pairs: of the first and the second a, of the first and the third b, then a
+    result = evaluate({"p": item}, [2], resamples=0)
+    assert result["2"]["best:s"]["mean"] == result["2"]["vote:s"]["mean"] == pytest.approx(2 / 3)
+    assert "1 of 3 answers have no score: none chooses them, they vote" in markdown(result)
 
 
 def test_the_command(tmp_path, capsys):
@@ -170,5 +184,3 @@ def test_the_command(tmp_path, capsys):
     assert "| best:s | 25.0" in printed
     assert "1 have fewer than 2 answers and are left out" in printed
     assert json.loads((tmp_path / "r.json").read_text())["sizes"]["2"]["pass"]["mean"] == 1.0
-    assert cli.main(["best-of-n", str(path), "--model", "x"]) == 2
-    assert "scoring here needs --model, --reference, --prompt, --text" in capsys.readouterr().err

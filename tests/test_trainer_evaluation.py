@@ -11,8 +11,8 @@ from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import ConfigError, check
 from ipvrm_core.trainer.evaluation import accuracy, rank_analysis
 from ipvrm_core.trainer.evaluation.candidate_statistics import candidate_statistics
-from ipvrm_core.trainer.evaluation.log_ratios import Pair
 from ipvrm_core.trainer.evaluation.rank_analysis import Prefix, rank_auc
+from ipvrm_core.trainer.evaluation.token_scores import Scorer
 from ipvrm_core.trainer.rollouts import Sample
 from ipvrm_core.trainer.verify import Verdict
 
@@ -80,9 +80,9 @@ def test_prefixes_are_continued_where_they_were_cut(tiny_experiment, tiny_model,
     monkeypatch.setattr(rank_analysis, "generate", generate)
     experiment.__dict__["verifier"] = Parity()
     model, reference = tiny_model(1), tiny_model(2)
-    pair = Pair(experiment.tokenizer, model, reference)
+    scorer = Scorer(experiment.tokenizer, model, reference)
     found = rank_analysis.continued_prefixes(
-        experiment, reference, pair, examples, beta=2.0, samples=3, fractions=(0.5, 0.25)
+        experiment, reference, scorer, examples, beta=2.0, samples=3, fractions=(0.5, 0.25)
     )
     assert asked == [prompts[0] + whole[:2], prompts[0] + whole[:4]]  # one token has no cut
     assert [(prefix.right, prefix.total) for prefix in found] == [(2, 3), (2, 3)]

@@ -4,14 +4,22 @@ from pathlib import Path
 
 from ipvrm_core.trainer import cli_processbench
 from ipvrm_core.trainer.cli_models import (
+    MODEL,
+    beta_of,
     form_of,
     format_options,
-    load_pair_of,
+    length_options,
+    load_scorer_of,
+    max_length_of,
     model_options,
     newlines,
-    pair_options,
+    origin_of,
     quiet,
+    said,
+    scorer_options,
 )
+
+BETA = "factor of every token score (default: 10 for log-ratios, 1 for value heads and log-probs)"
 
 
 def add(commands) -> None:
@@ -25,19 +33,18 @@ def add(commands) -> None:
 def _inspect(commands) -> None:
     help = "Show one answer token by token: TD advantages, values, step scores, candidates; writes an HTML page."
     parser = commands.add_parser("inspect", help=help, description=help)
-    pair_options(parser, required=True)
+    scorer_options(parser, required=True)
     format_options(parser)
     text = parser.add_argument_group("the text: either --problem and --answer, or --data and --id")
     text.add_argument("--problem", help="text of the problem, or @FILE")
     text.add_argument("--answer", help="text of the answer, or @FILE; --joiner cuts it into steps")
     text.add_argument("--data", type=Path, help="a ProcessBench file or folder")
     text.add_argument("--id", help="which of its problems")
-    parser.add_argument("--joiner", default="\\n\\n", help=r"what stands between steps (default: \n\n)")
     parser.add_argument("--out", type=Path, required=True, help="the page, FILE.html")
-    parser.add_argument("--beta", type=float, default=10.0)
-    parser.add_argument("--p-min", type=float, default=0.05, help="least reference probability of a candidate")
+    parser.add_argument("--beta", type=float, help=BETA)
+    parser.add_argument("--p-min", type=float, default=0.05, help="least probability of a candidate")
     parser.add_argument("--sigma", type=float, help="sigma_V of training (default: spread of this answer's values)")
-    parser.add_argument("--threshold", type=float, help="mark the first step whose process score (nats) is below it")
+    parser.add_argument("--threshold", type=float, help="mark the first step whose process score is below it")
     parser.set_defaults(function=run_inspect)
 
 
@@ -46,8 +53,10 @@ def run_inspect(options) -> None:
 
     problem, steps, label, title = _text(options)
     form = form_of(options)
-    settings = {name: getattr(options, name) for name in ("beta", "p_min", "sigma", "threshold")}
-    shown = inspect(load_pair_of(options), problem, steps, form, label=label, **settings)
+    settings = {name: getattr(options, name) for name in ("p_min", "sigma", "threshold")}
+    scorer = load_scorer_of(options)
+    settings["beta"] = beta_of(options, scorer)
+    shown = inspect(scorer, problem, steps, form, label=label, **settings)
     write_page(options.out, shown, title)
     print(options.out)
 
@@ -82,10 +91,10 @@ def _best_of_n(commands) -> None:
     parser.add_argument("--score", nargs="*", default=[], help="columns of scores: numbers, or lists of step scores")
     parser.add_argument("--prompt", help="column of the prompt; with --model, to score the answers here")
     parser.add_argument("--text", help="column of the answer's text; with --model")
-    parser.add_argument("--joiner", default="\\n\\n", help=r"what stands between steps (default: \n\n)")
-    parser.add_argument("--beta", type=float, default=10.0, help="of the reward model")
-    pair_options(parser, required=False)
+    parser.add_argument("--beta", type=float, help=BETA)
+    scorer_options(parser, required=False)
     format_options(parser)
+    length_options(parser)
     parser.add_argument("--out", type=Path, help="JSON file for the result, with the scores made here")
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples; 0: no intervals")
     parser.add_argument("--seed", type=int, default=0, help="of bootstrap and sampled votes")
@@ -94,32 +103,45 @@ def _best_of_n(commands) -> None:
 
 def run_best_of_n(options) -> None:
     from ipvrm_core.trainer.evaluation import stored_answers
-    from ipvrm_core.trainer.evaluation.log_ratios import length_limit
-    from ipvrm_core.trainer.evaluation.score_answers import score_stored
     from ipvrm_core.trainer.files import write_json
 
-    together = {f"--{name}": getattr(options, name) for name in ("model", "reference", "prompt", "text")}
-    if any(together.values()) and not all(together.values()):
-        raise ValueError(f"scoring here needs {', '.join(together)}; got only {[k for k, v in together.items() if v]}")
+    together = {f"--{name}": getattr(options, name) for name in ("model", "prompt", "text")}
+    given = [name for name, value in together.items() if value]
+    if given and len(given) < len(together):
+        raise ValueError(f"scoring here needs {', '.join(together)}; got only {', '.join(given)}")
+    for name in ("reference", "decay", "beta", "max_length"):
+        if getattr(options, name) is not None and not options.model:
+            raise ValueError(f"--{name.replace('_', '-')} is of scores made here, with --model; got none")
     columns = {name: getattr(options, name) for name in ("problem", "answer", "correct", "prompt", "text")}
     stored = stored_answers.read_stored(options.answers, **columns, scores=options.score)
-    if options.model:
-        pair = load_pair_of(options)
-        form = form_of(options)
-        score_stored(pair, stored, form, options.beta, options.micro_batch_tokens, length_limit(pair))
+    made = _scores_made_here(options, stored) if options.model else {"scores": None}
     result = stored_answers.evaluate(stored, options.n, resamples=options.resamples, seed=options.seed)
     if options.out:
-        scores = {name: item.scores for name, item in stored.items()} if options.model else None
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.out, {"sizes": result, "scores": scores})
+        write_json(options.out, {"sizes": result, **made})
     print(stored_answers.markdown(result))
+
+
+def _scores_made_here(options, stored) -> dict:
+    """The scores of every answer, what became of it, and where they come from; says the last two."""
+    from collections import Counter
+
+    from ipvrm_core.trainer.evaluation.score_answers import score_stored
+
+    scorer = load_scorer_of(options)
+    beta, limit, form = beta_of(options, scorer), max_length_of(options, scorer), form_of(options)
+    status = score_stored(scorer, stored, form, beta, options.micro_batch_tokens, limit, options.too_long)
+    origin = {**origin_of(options, scorer), "beta": beta, "max_length": limit, "too_long": options.too_long}
+    counts = Counter(state.replace("_", " ") for states in status.values() for state in states)
+    print(said(origin), "Answers: " + ", ".join(f"{count} {state}" for state, count in counts.items()), "", sep="\n")
+    return {"origin": origin, "status": status, "scores": {name: item.scores for name, item in stored.items()}}
 
 
 def _candidates(commands) -> None:
     help = "How many candidates a P_min leaves on given answers, and what probability they hold."
     parser = commands.add_parser("candidates", help=help, description=help)
     parser.add_argument("data", type=Path, help="answers (jsonl, json, parquet), one a row")
-    parser.add_argument("--model", required=True, help="the policy: Hugging Face name or folder, or FOLDER/FILE.gguf")
+    parser.add_argument("--model", required=True, help=f"the policy: {MODEL}")
     parser.add_argument("--prompt", default="prompt", help="column of the prompt")
     parser.add_argument("--text", default="response", help="column of the answer: a text, or a list of texts or steps")
     parser.add_argument("--limit", type=int, help="the first so many rows")
@@ -137,18 +159,20 @@ def run_candidates(options) -> None:
     from ipvrm_core.trainer.batching import Answer
     from ipvrm_core.trainer.data.files import cell, read_rows
     from ipvrm_core.trainer.evaluation.candidate_statistics import candidate_statistics
-    from ipvrm_core.trainer.evaluation.log_ratios import load_one
+    from ipvrm_core.trainer.evaluation.lengths import refuse_long
     from ipvrm_core.trainer.evaluation.rendering import render
+    from ipvrm_core.trainer.evaluation.token_scores import length_limit, load_language_model
     from ipvrm_core.trainer.files import write_json
 
     quiet()
-    tokenizer, model = load_one(options.model, options.dtype, options.device)
+    tokenizer, model = load_language_model(options.model, options.dtype, options.device)
     answers = []
     for index, row in enumerate(islice(read_rows(options.data, None, None), options.limit)):
         where = f"{options.data}, row {index}"
         text = cell(row, options.text, where)
         steps = text if isinstance(text, list) else [text]
         made = render(tokenizer, cell(row, options.prompt, where), steps, form_of(options), where)
+        refuse_long(where, made.end, length_limit(model))
         answers.append(Answer(made.ids[: made.start], made.ids[made.start : made.end]))
     if not answers:
         raise ValueError(f"{options.data} has no rows")

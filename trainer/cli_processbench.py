@@ -1,25 +1,34 @@
 """`ipvrm processbench`: score once, evaluate as often as wanted."""
 
-import json
 from pathlib import Path
 
-from ipvrm_core.trainer.cli_models import form_of, format_options, load_pair_of, pair_options
+from ipvrm_core.trainer.cli_models import (
+    form_of,
+    format_options,
+    length_options,
+    load_scorer_of,
+    max_length_of,
+    origin_of,
+    said,
+    scorer_options,
+)
 
 
 def add(commands) -> None:
     help = "Find the first wrong step: score a ProcessBench file or folder, or evaluate kept scores."
     parser = commands.add_parser("processbench", help=help, description=help)
-    pair_options(parser, required=False)
+    scorer_options(parser, required=False)
     format_options(parser)
     parser.add_argument("--data", type=Path, help="file or folder of problems (json, jsonl, parquet); needs --out")
     parser.add_argument("--out", type=Path, help="folder for the scores (one parquet a subset) and results.json")
     parser.add_argument("--rescore", type=Path, nargs="+", help="score files or folders: evaluate, without any model")
-    parser.add_argument("--resume", action="store_true", help="keep the subsets that --out already has")
+    parser.add_argument("--resume", action="store_true", help="keep what --out already has, and score the rest")
     parser.add_argument("--limit", type=int, help="so many problems of each subset, evenly spread")
-    parser.add_argument("--max-length", type=int, help="tokens of a whole text (default: what both models can take)")
-    parser.add_argument("--too-long", choices=("refuse", "skip", "truncate"), default="refuse")
+    length_options(parser)
     parser.add_argument(
-        "--official", action="store_true", help="steps as 'Step 1: ...', and also the authors' boundaries and grid"
+        "--official",
+        action="store_true",
+        help="log-ratios only: steps as 'Step 1: ...', and the authors' boundaries and grid too",
     )
     parser.add_argument("--tune-on", default="gsm8k", help="subset whose threshold is transferred (default: gsm8k)")
     parser.add_argument("--resamples", type=int, default=1000, help="bootstrap resamples; 0: no intervals")
@@ -28,13 +37,15 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from ipvrm_core.trainer.evaluation import processbench, processbench_results
-    from ipvrm_core.trainer.files import write_json
+    from ipvrm_core.trainer.evaluation import processbench_results
+    from ipvrm_core.trainer.evaluation.processbench_files import read_scores
+    from ipvrm_core.trainer.files import locked, write_json
 
     _check(options)
     if not options.rescore:
-        _score(options)
-    rows, origin = processbench.read_scores(options.rescore or [options.out])
+        with locked(options.out):
+            _score(options)
+    rows, origin = read_scores(options.rescore or [options.out])
     result = {
         "origin": origin,
         **processbench_results.evaluate(rows, options.tune_on, options.resamples, options.seed),
@@ -42,17 +53,20 @@ def run(options) -> None:
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / "results.json", result)
-    print(processbench_results.markdown(result))
+    print(said(origin), "", processbench_results.markdown(result), sep="\n")
 
 
 def _check(options) -> None:
-    scoring = {name: getattr(options, name) for name in ("model", "reference", "data")}
-    given = [f"--{name}" for name, value in scoring.items() if value]
+    scoring = {name: getattr(options, name) for name in ("model", "data")}
+    both = {**scoring, "reference": options.reference, "decay": options.decay}
+    given = [f"--{name}" for name, value in both.items() if value is not None]
     if options.rescore and given:
         raise ValueError(f"--rescore evaluates kept scores and takes no {', '.join(given)}")
     missing = [f"--{name}" for name, value in {**scoring, "out": options.out}.items() if not value]
     if not options.rescore and missing:
         raise ValueError(f"scoring needs {', '.join(missing)}; or pass --rescore with kept scores")
+    if options.official and not (options.reference or options.rescore):
+        raise ValueError("--official repeats a script that scores log-ratios: it needs --reference")
     if options.limit is not None and options.limit < 1:
         raise ValueError(f"--limit must be >= 1; got {options.limit}")
     if options.resamples < 0:
@@ -60,50 +74,56 @@ def _check(options) -> None:
 
 
 def _score(options) -> None:
+    from ipvrm_core.trainer.data.processbench import load_processbench
+    from ipvrm_core.trainer.evaluation import processbench
+    from ipvrm_core.trainer.evaluation.processbench_files import Parts, check_origin, read_scores, write_scores
+
+    form = _form(options)
+    problems = load_processbench(options.data, options.limit)
+    finished, begun = (sorted(options.out.glob(pattern)) for pattern in ("*.parquet", "*.parts/*.parquet"))
+    if (finished or begun) and not options.resume:
+        name = [*finished, *begun][0].relative_to(options.out)
+        raise ValueError(f"{options.out} already has scores ({name}); pass --resume, or take another --out folder")
+    scorer = load_scorer_of(options)
+    limit = max_length_of(options, scorer)
+    origin = _origin(options, scorer, form, limit)
+    if finished:
+        check_origin(options.out, read_scores(finished)[1], origin)
+    for subset in dict.fromkeys(problem.subset for problem in problems):
+        path, parts = options.out / f"{subset}.parquet", Parts(options.out / f"{subset}.parts", origin)
+        if not path.exists():
+            rows = processbench.score(
+                scorer,
+                [problem for problem in problems if problem.subset == subset],
+                form,
+                max_tokens=options.micro_batch_tokens,
+                max_length=limit,
+                too_long=options.too_long,
+                with_official=options.official,
+                parts=parts,
+            )
+            write_scores(path, rows, origin)
+        parts.remove()
+
+
+def _form(options):
+    from dataclasses import replace
+
+    from ipvrm_core.trainer.evaluation import official
+
+    if not options.official:
+        return form_of(options)
+    form, step, joiner = form_of(options), official.FORMAT.step, official.FORMAT.joiner
+    if form.step not in ("{step}", step) or form.joiner != joiner:
+        raise ValueError(
+            f"--official writes steps as {step!r} with {joiner!r} between them; "
+            f"got --step-format {form.step!r}, --joiner {form.joiner!r}"
+        )
+    return replace(form, step=step)
+
+
+def _origin(options, scorer, form, limit: int | None) -> dict:
     from dataclasses import asdict
 
-    from ipvrm_core.trainer.data.processbench import load_processbench
-    from ipvrm_core.trainer.evaluation import official, processbench
-    from ipvrm_core.trainer.evaluation.log_ratios import length_limit
-
-    if options.official and options.step_format not in ("{step}", official.FORMAT.step):
-        raise ValueError(
-            f"--official writes steps as {official.FORMAT.step!r}; got --step-format {options.step_format!r}"
-        )
-    step = official.FORMAT.step if options.official else options.step_format
-    form = form_of(options, step=step)
-    problems = load_processbench(options.data, options.limit)
-    options.out.mkdir(parents=True, exist_ok=True)
-    old = sorted(options.out.glob("*.parquet"))
-    if old and not options.resume:
-        raise ValueError(
-            f"{options.out} already has scores ({old[0].name}); pass --resume, or take another --out folder"
-        )
-    pair = load_pair_of(options)
-    limits = [limit for limit in (options.max_length, length_limit(pair)) if limit]
-    origin = {
-        "model": options.model,
-        "reference": options.reference,
-        "dtype": options.dtype,
-        "format": asdict(form),
-        "limit": options.limit,
-        "max_length": min(limits, default=None),
-        "too_long": options.too_long,
-        "official": options.official,
-    }
-    if old and processbench.read_scores(old)[1] != json.loads(json.dumps(origin)):
-        raise ValueError(f"{options.out} holds scores made in another way; take another --out folder")
-    for subset in dict.fromkeys(problem.subset for problem in problems):
-        path = options.out / f"{subset}.parquet"
-        if path.exists():
-            continue
-        rows = processbench.score(
-            pair,
-            [problem for problem in problems if problem.subset == subset],
-            form,
-            max_tokens=options.micro_batch_tokens,
-            max_length=min(limits, default=None),
-            too_long=options.too_long,
-            with_official=options.official,
-        )
-        processbench.write_scores(path, rows, origin)
+    rules = {"limit": options.limit, "max_length": limit, "too_long": options.too_long, "official": options.official}
+    return {**origin_of(options, scorer), "format": asdict(form), **rules}

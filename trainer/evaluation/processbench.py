@@ -1,31 +1,44 @@
 """ProcessBench scores of a reward model: made once, kept as parquet, evaluated as often as wanted without the model.
 
 One file a subset. Per problem: subset, id, generator, label, final_answer_correct; status (ok, truncated, too_long);
-answer_tokens; sums and tokens, per step the sum of q over its own tokens (nats) and their number; with the official
+answer_tokens; sums and tokens, per step the sum of the scores of its own tokens and their number; with the official
 mode also official_rewards and official_lengths. A step behind a truncation has the sum null.
 """
 
-import json
-from collections.abc import Iterable, Sequence
-from pathlib import Path
-from typing import Literal
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
 
 from ipvrm_core.trainer.batching import Answer
-from ipvrm_core.trainer.data.processbench import SUBSETS, Problem
+from ipvrm_core.trainer.data.processbench import Problem
 from ipvrm_core.trainer.evaluation import official
-from ipvrm_core.trainer.evaluation.log_ratios import Pair, log_ratios
+from ipvrm_core.trainer.evaluation.lengths import Status, TooLong, length_status
+from ipvrm_core.trainer.evaluation.processbench_files import Parts
 from ipvrm_core.trainer.evaluation.rendering import Format, Rendered, render
 from ipvrm_core.trainer.evaluation.step_scores import step_sums
+from ipvrm_core.trainer.evaluation.token_scores import Scorer, scored_batches
 
-TooLong = Literal["refuse", "skip", "truncate"]
-COLUMNS = ("subset", "id", "generator", "label", "status", "sums", "tokens")
+
+class Job(NamedTuple):
+    """A problem and which of its tokens are scored, start .. end; boundaries: the official mode's, else empty."""
+
+    problem: Problem
+    item: Rendered
+    status: Status
+    start: int
+    end: int
+    boundaries: list[int]
+
+    @property
+    def answer(self) -> Answer:
+        return Answer(self.item.ids[: self.start], self.item.ids[self.start : self.end])
 
 
 def score(
-    pair: Pair,
+    scorer: Scorer,
     problems: Sequence[Problem],
     form: Format,
     *,
@@ -33,117 +46,73 @@ def score(
     max_length: int | None = None,
     too_long: TooLong = "refuse",
     with_official: bool = False,
+    parts: Parts | None = None,
 ) -> list[dict]:
-    """One row per problem, in order. A text of more than `max_length` tokens is refused, skipped or truncated."""
-    rendered = [
-        render(pair.tokenizer, problem.problem, problem.steps, form, f"{problem.subset} {problem.id}")
-        for problem in problems
-    ]
-    status = [_status(item, max_length, too_long) for item in rendered]
-    _refuse_long(problems, rendered, status, max_length, too_long)
+    """One row per problem of a subset, in order. A text of over `max_length` tokens is refused, skipped or truncated.
+
+    `parts`: every micro-batch is kept there as soon as it is scored, and what is there already is not scored again.
+    """
+    jobs = _jobs(scorer, problems, form, max_length, too_long, with_official)
+    rows = [_row(job) for job in jobs]
+    used = [index for index, job in enumerate(jobs) if job.status != "too_long"]
+    parts = parts and parts.of(_digest(jobs))
+    kept = parts.read() if parts else {}
+    rows = [kept.get(row["id"], row) for row in rows]
+    left = [index for index in used if rows[index]["sums"] is None]
+    counts = {"total": len(used), "initial": len(used) - len(left)}
+    with tqdm(**counts, desc=problems[0].subset, unit="problem", disable=None) as bar:
+        for numbers, scores in scored_batches(scorer, [jobs[index].answer for index in left], max_tokens):
+            fresh = [left[number] for number in numbers]
+            for index, score_N in zip(fresh, scores, strict=True):
+                rows[index] |= _scored(jobs[index], score_N.numpy())
+            if parts:
+                parts.add([rows[index] for index in fresh])
+            bar.update(len(fresh))
+    return rows
+
+
+def _jobs(scorer, problems, form, max_length, too_long, with_official) -> list[Job]:
+    if with_official and scorer.kind != "log-ratio":
+        raise ValueError(f"the official mode repeats a script that scores log-ratios; got {scorer.kind} scores")
+    items = [render(scorer.tokenizer, each.problem, each.steps, form, f"{each.subset} {each.id}") for each in problems]
+    texts = [(problem.id, item.start, item.end) for problem, item in zip(problems, items, strict=True)]
+    status = length_status(texts, max_length, too_long)
     jobs = []
-    for problem, item, state in zip(problems, rendered, status, strict=True):
-        rows = official.boundaries(pair.tokenizer, problem.problem, problem.steps, form) if with_official else []
+    for problem, item, state in zip(problems, items, status, strict=True):
+        rows = official.boundaries(scorer.tokenizer, problem.problem, problem.steps, form) if with_official else []
         start, end = item.start, item.end
         if rows:  # it may start before the answer, and it ends with the end-of-turn token
             start, end = min(start, rows[0] + 1), max(end, rows[-1] + 2)
-        end = min(end, max_length or end)
-        jobs.append((start, end, rows, Answer(item.ids[:start], item.ids[start:end]), state))
-    used = [index for index, job in enumerate(jobs) if job[-1] != "too_long"]
-    with tqdm(total=len(used), desc=problems[0].subset, unit="problem", disable=None) as bar:
-        scored = dict(
-            zip(used, log_ratios(pair, [jobs[i][3] for i in used], max_tokens, progress=bar.update), strict=True)
-        )
-    return [
-        _row(problem, item, job, scored[i].numpy() if i in scored else None)
-        for i, (problem, item, job) in enumerate(zip(problems, rendered, jobs, strict=True))
-    ]
+        jobs.append(Job(problem, item, state, start, min(end, max_length or end), rows))
+    return jobs
 
 
-def _status(item: Rendered, max_length: int | None, too_long: TooLong) -> str:
-    if max_length is None or item.end <= max_length:
-        return "ok"
-    return "truncated" if too_long == "truncate" and item.start < max_length else "too_long"
+def _digest(jobs: Sequence[Job]) -> str:
+    """Of all that the rows depend on, but for the models."""
+    texts = [(job.problem, job.answer, job.status, job.boundaries) for job in jobs]
+    return hashlib.sha256(repr(texts).encode()).hexdigest()
 
 
-def _refuse_long(problems, rendered, status, max_length, too_long) -> None:
-    long = [i for i, state in enumerate(status) if state != "ok"]
-    if long and too_long == "refuse":
-        worst = max(long, key=lambda i: rendered[i].end)
-        raise ValueError(
-            f"{len(long)} of {len(problems)} texts have more than {max_length} tokens, the longest "
-            f"{rendered[worst].end} ({problems[worst].id}): pass --too-long skip or truncate, or another --max-length"
-        )
-
-
-def _row(problem: Problem, item: Rendered, job: tuple, q_N: np.ndarray | None) -> dict:
-    start, end, rows, _, state = job
-    row = {
-        "subset": problem.subset,
-        "id": problem.id,
-        "generator": problem.generator,
-        "label": problem.label,
-        "final_answer_correct": problem.final_answer_correct,
-        "status": state,
-        "answer_tokens": item.end - item.start,
+def _row(job: Job) -> dict:
+    """Without scores."""
+    fields = ("subset", "id", "generator", "label", "final_answer_correct")
+    return {
+        **{name: getattr(job.problem, name) for name in fields},
+        "status": job.status,
+        "answer_tokens": job.item.end - job.item.start,
         **dict.fromkeys(("sums", "tokens", "official_rewards", "official_lengths")),
     }
-    if q_N is None:
-        return row
-    steps = item.step_of[start:end]
-    row["sums"], row["tokens"] = step_sums(q_N, steps, len(problem.steps))
-    if state == "truncated":
-        row["sums"] = [value if step <= max(steps) else None for step, value in enumerate(row["sums"])]
-    elif rows:
-        shifted_N = np.concatenate([np.zeros(start - 1, np.float32), q_N])
-        row["official_rewards"], row["official_lengths"] = official.rewards(shifted_N, rows)
-    return row
 
 
-def write_scores(path: Path, rows: Sequence[dict], origin: dict) -> None:
-    """`origin` (models, format, limits) is kept in the file: scores of different origins are never mixed."""
-    import pyarrow
-    import pyarrow.parquet
-
-    schema = pyarrow.schema(
-        [
-            *((name, pyarrow.string()) for name in ("subset", "id", "generator")),
-            ("label", pyarrow.int32()),
-            ("final_answer_correct", pyarrow.bool_()),
-            ("status", pyarrow.string()),
-            ("answer_tokens", pyarrow.int32()),
-            ("sums", pyarrow.list_(pyarrow.float64())),
-            ("tokens", pyarrow.list_(pyarrow.int32())),
-            ("official_rewards", pyarrow.list_(pyarrow.float32())),
-            ("official_lengths", pyarrow.list_(pyarrow.int32())),
-        ],
-        metadata={"ipvrm": json.dumps(origin)},
-    )
-    temporary = path.with_name(f".{path.name}.tmp")
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(list(rows), schema=schema), temporary)
-    temporary.replace(path)
-
-
-def read_scores(paths: Iterable[Path]) -> tuple[list[dict], dict]:
-    """(rows, origin) of score files and of folders of them, the published subsets first and in their order."""
-    import pyarrow.parquet
-
-    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("*.parquet")))]
-    if not files:
-        raise FileNotFoundError(f"no score files (*.parquet) at {', '.join(map(str, paths))}")
-    rows, origins = [], []
-    for file in files:
-        table = pyarrow.parquet.read_table(file)
-        missing = [name for name in COLUMNS if name not in table.column_names]
-        if missing:
-            raise ValueError(f"{file} is no file of step scores: no column {', '.join(missing)}")
-        origins.append(json.loads((table.schema.metadata or {}).get(b"ipvrm", b"{}")))
-        if origins[-1] != origins[0]:
-            differing = [key for key in origins[0] | origins[-1] if origins[0].get(key) != origins[-1].get(key)]
-            raise ValueError(f"{files[0]} and {file} were scored differently: {', '.join(differing)}")
-        rows += table.to_pylist()
-    seen = {(row["subset"], row["id"]) for row in rows}
-    if len(seen) < len(rows):
-        raise ValueError(f"the score files hold {len(rows) - len(seen)} problems twice")
-    order = {name: number for number, name in enumerate(SUBSETS)}
-    return sorted(rows, key=lambda row: order.get(row["subset"], len(order))), origins[0]
+def _scored(job: Job, score_N: np.ndarray) -> dict:
+    """The columns of the scores, of tokens start .. end [N]."""
+    steps = job.item.step_of[job.start : job.end]
+    sums, tokens = step_sums(score_N, steps, len(job.problem.steps))
+    if job.status == "truncated":
+        known = [value if step <= max(steps) else None for step, value in enumerate(sums)]
+        return {"sums": known, "tokens": tokens}
+    if not job.boundaries:
+        return {"sums": sums, "tokens": tokens}
+    shifted_N = np.concatenate([np.zeros(job.start - 1, np.float32), score_N])
+    rewards, lengths = official.rewards(shifted_N, job.boundaries)
+    return {"sums": sums, "tokens": tokens, "official_rewards": rewards, "official_lengths": lengths}

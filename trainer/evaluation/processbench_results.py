@@ -16,7 +16,7 @@ def evaluate(rows: Sequence[dict], tune_on: str = "gsm8k", resamples: int = 1000
 
     counts      per subset: problems, erroneous, correct, truncated, too_long (not scored, so in no F1).
     variants    per variant and rule ("oracle": best threshold of the subset itself; "transferred": the one tuned on
-                `tune_on`): per subset f1, accuracy_erroneous, accuracy_correct, threshold (nats, null: infinite), ci;
+                `tune_on`): per subset f1, accuracy_erroneous, accuracy_correct, threshold (null: infinite), ci;
                 and the average over subsets. "transferred" is left out where `tune_on` was not scored.
     generators  the same three numbers per generator, all subsets pooled, f1 null where it has one kind of solutions.
     official    the authors' script's numbers, where they were scored; truncated problems left out.

@@ -12,7 +12,7 @@ from torch import nn
 
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.data.example import Example
-from ipvrm_core.trainer.evaluation.log_ratios import Pair, log_ratios
+from ipvrm_core.trainer.evaluation.token_scores import Scorer, token_scores
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.reward import auc
 from ipvrm_core.trainer.rollouts import generate
@@ -56,7 +56,7 @@ def rank_auc(prefixes: Sequence[Prefix]) -> dict[str, float | int | None]:
 def continued_prefixes(
     experiment: Experiment,
     policy: nn.Module,
-    pair: Pair,
+    scorer: Scorer,
     examples: Sequence[Example],
     *,
     beta: float,
@@ -88,7 +88,7 @@ def continued_prefixes(
         golds.append(examples[number].answer)
     right = [verdict.correct for verdict in experiment.verifier(texts, golds)]
     scored = [Answer(answer.prompt_ids, answer.response_ids) for answer in answers]
-    q = log_ratios(pair, scored, experiment.config.micro_batch_tokens, generation.temperature)
+    q = token_scores(scorer, scored, experiment.config.micro_batch_tokens, generation.temperature)
     prefixes = []
     for index, (number, length) in enumerate(cuts):
         value = beta * q[number][:length].double().sum().item()

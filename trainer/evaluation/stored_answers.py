@@ -22,11 +22,14 @@ OF_STEPS = {"min": min, "last": lambda steps: steps[-1], "mean": np.mean, "sum":
 
 @dataclass
 class Stored:
-    """The answers to one problem: final answers (None: not found), verdicts, and scores by name; texts where kept."""
+    """The answers to one problem: final answers (None: not found), verdicts, and scores by name; texts where kept.
+
+    A score of None is one that could not be made: the answer takes part in every drawing, but no score chooses it.
+    """
 
     answers: list[str | None] = field(default_factory=list)
     correct: list[bool] = field(default_factory=list)
-    scores: dict[str, list[float]] = field(default_factory=dict)
+    scores: dict[str, list[float | None]] = field(default_factory=dict)
     prompts: list[str] = field(default_factory=list)
     texts: list[str] = field(default_factory=list)
 
@@ -100,10 +103,12 @@ def _scores(name: str, value: Any, where: str) -> dict[str, float]:
 def evaluate(
     stored: Mapping[str, Stored], sizes: Sequence[int], *, resamples: int = 1000, seed: int = 0, samples: int = 1000
 ) -> dict:
-    """{N: {"problems", "left_out", <way to choose>: {"mean", "ci"}}}, means over problems with N answers or more.
+    """{N: {"problems", "left_out", "answers", "unscored", <way to choose>: {"mean", "ci"}}}, means over problems with N
+    answers or more.
 
     Ways: average (one answer drawn), pass (any right), majority, best:NAME and vote:NAME for every score, the vote
-    weighted by sigma(score). Intervals: 95%, bootstrap over problems.
+    weighted by sigma(score). Intervals: 95%, bootstrap over problems. Unscored answers count in average and pass and
+    have their say in the majority; a drawing of unscored answers alone is a wrong choice of best and vote.
     """
     uneven = [name for name, item in stored.items() if any(len(v) != len(item.correct) for v in item.scores.values())]
     if uneven:
@@ -112,7 +117,12 @@ def evaluate(
     result = {}
     for n in sizes:
         used = [item for item in stored.values() if len(item.correct) >= n]
-        entry: dict = {"problems": len(used), "left_out": len(stored) - len(used)}
+        entry: dict = {
+            "problems": len(used),
+            "left_out": len(stored) - len(used),
+            "answers": sum(len(item.correct) for item in used),
+            "unscored": sum(None in row for item in used for row in zip(*item.scores.values(), strict=True)),
+        }
         ways = {
             "average": lambda item, n: float(np.mean(item.correct)),
             "pass": lambda item, n: pass_at(item.correct, n),
@@ -132,22 +142,28 @@ def evaluate(
 
 
 def _best(name: str, item: Stored, n: int) -> float:
-    return best_of(item.scores[name], item.correct, n)
+    scores = item.scores[name]
+    right = [correct and score is not None for correct, score in zip(item.correct, scores, strict=True)]
+    return best_of([-np.inf if score is None else score for score in scores], right, n)
 
 
 def _vote(name: str, samples: int, seed: int, item: Stored, n: int) -> float:
-    weights = 1 / (1 + np.exp(-np.clip(item.scores[name], -500, 500)))
-    return weighted_vote(item.answers, weights, item.correct, n, samples=samples, seed=seed)
+    scores = item.scores[name]
+    answers = [None if score is None else answer for answer, score in zip(item.answers, scores, strict=True)]
+    weights = [0.0 if score is None else 1 / (1 + np.exp(-np.clip(score, -500, 500))) for score in scores]
+    return weighted_vote(answers, weights, item.correct, n, samples=samples, seed=seed)
 
 
 def markdown(result: dict) -> str:
-    ways = list(dict.fromkeys(way for entry in result.values() for way in entry if way not in ("problems", "left_out")))
+    ways = {way: None for entry in result.values() for way, cell in entry.items() if isinstance(cell, dict)}
     lines = ["| choice | " + " | ".join(f"N = {n}" for n in result) + " |", "| --- |" + " --- |" * len(result)]
     for way in ways:
         lines.append(f"| {way} | " + " | ".join(_cell(entry.get(way)) for entry in result.values()) + " |")
     lines.append("")
     for n, entry in result.items():
         lost = f"; {entry['left_out']} have fewer than {n} answers and are left out" if entry["left_out"] else ""
+        if entry["unscored"]:
+            lost += f"; {entry['unscored']} of {entry['answers']} answers have no score: none chooses them, they vote"
         lines.append(f"N = {n}: {entry['problems']} problems{lost}")
     return "\n".join(
         [*lines, "Share of problems answered right, in %, over all subsets of N answers; brackets: 95% interval."]

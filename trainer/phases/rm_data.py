@@ -12,7 +12,7 @@ from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import Chats, RewardModel
 from ipvrm_core.trainer.data.chats import Chat, by_prompt, held_out, load_chats
 from ipvrm_core.trainer.data.example import Example
-from ipvrm_core.trainer.evaluation.log_ratios import check_vocabulary, load_one
+from ipvrm_core.trainer.evaluation.token_scores import check_vocabulary, load_language_model
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.models import causal_lm, head_of
 from ipvrm_core.trainer.phases import rollout as rollout_phase
@@ -231,7 +231,7 @@ def _groups(prompts: Sequence[Sequence[Chat]], rows: dict[int, Labelled]) -> lis
 
 def other_reference(experiment: Experiment, path: str, model: nn.Module) -> nn.Module:
     """A reference that is not the starting policy. ValueError unless its vocabulary is the reward model's."""
-    tokenizer, reference = load_one(path, experiment.config.model.dtype, experiment.device.type)
+    tokenizer, reference = load_language_model(path, experiment.config.model.dtype, experiment.device.type)
     check_vocabulary(experiment.tokenizer, tokenizer)
     ours, theirs = (head_of(each).weight.shape[0] for each in (model, reference))
     if theirs < len(experiment.tokenizer):

@@ -1,26 +1,41 @@
-"""`ipvrm inspect`: one answer, token by token, under a reward model and its reference, as one HTML page.
+"""`ipvrm inspect`: one answer, token by token, under a reward model, as one HTML page.
 
 Shape letters: N tokens of the answer, K candidates.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch import Tensor
 
 from ipvrm_core import Candidates, linear_logprobs, select_candidates
 from ipvrm_core.trainer.batching import Answer, map_rows
-from ipvrm_core.trainer.evaluation.log_ratios import Pair
+from ipvrm_core.trainer.evaluation.lengths import refuse_long
 from ipvrm_core.trainer.evaluation.rendering import Format, render
 from ipvrm_core.trainer.evaluation.step_scores import step_sums, variants
+from ipvrm_core.trainer.evaluation.token_scores import Scorer, length_limit, token_scores
 from ipvrm_core.trainer.files import write_text
 from ipvrm_core.trainer.models import head_of
 
 
+class Scored(NamedTuple):
+    """Scores [N], and what the vocabulary's head adds: log-probs of the answer's tokens and rows of the candidates.
+
+    theirs_N: None without a reference; candidates and ours_N: none and None with a value head.
+    """
+
+    score_N: np.ndarray
+    candidates: list[list[dict]]
+    ours_N: np.ndarray | None = None
+    theirs_N: np.ndarray | None = None
+
+
 def inspect(
-    pair: Pair,
+    scorer: Scorer,
     problem: str,
     steps: Sequence[str],
     form: Format,
@@ -34,19 +49,21 @@ def inspect(
     """What the page shows, as a JSON-able dict: tokens with their candidates, values, and step scores.
 
     The candidates are those of the reference, which stands for the sampling policy: delta(v) = beta (log pi_phi(v) -
-    log pi_ref(v)), advantage = delta / sigma. `sigma` is sigma_V of a training batch; None takes the spread of this
-    answer's own values. `threshold` (nats, as `ipvrm processbench` reports it) marks the predicted first wrong step.
+    log pi_ref(v)), advantage = delta / sigma. Without a reference they are the model's own, and delta(v) = beta
+    decay^(t-1) log pi_phi(v). `sigma` is sigma_V of a training batch; None takes the spread of this answer's own
+    values. With a value head, delta is beta times its output, which is the value itself: no candidates, no sigma.
+    `threshold` (as `ipvrm processbench` reports it) marks the predicted first wrong step.
     """
-    item = render(pair.tokenizer, problem, steps, form)
+    if sigma is not None and scorer.kind == "value":
+        raise ValueError(f"sigma scales TD errors, and a value head gives values; got {sigma}")
+    item = render(scorer.tokenizer, problem, steps, form)
+    refuse_long("the text", item.end, length_limit(scorer.model, scorer.reference))
     answer = Answer(item.ids[: item.start], item.ids[item.start : item.end])
-    candidates, ours_NK = _candidates(pair, answer, p_min)
-    ours_N, theirs_N = ours_NK[:, 0].double().numpy(), candidates.sampled_logprobs_N.double().cpu().numpy()
-    q_N = ours_N - theirs_N
-    values_N = beta * q_N.cumsum()
-    scale = float(values_N.std()) if sigma is None else sigma
-    if not scale > 0:
-        raise ValueError(f"sigma must be > 0; got {scale} (model and reference with the same weights give 0)")
-    sums, counts = step_sums(q_N, item.step_of[item.start : item.end], len(steps))
+    scored = (_value if scorer.kind == "value" else _vocabulary)(scorer, answer, p_min, beta)
+    delta_N = beta * scored.score_N
+    sums_N = delta_N.cumsum()
+    values_N = delta_N if scorer.kind == "value" else sums_N
+    sums, counts = step_sums(scored.score_N, item.step_of[item.start : item.end], len(steps))
     scores = variants(sums, counts)
     tokens, texts = [], token_texts(item.text, item.offsets[item.start : item.end])
     for n, token in enumerate(answer.response_ids):
@@ -55,15 +72,17 @@ def inspect(
                 "text": texts[n],
                 "step": item.step_of[item.start + n],
                 "id": token,
-                "ours": float(ours_N[n]),
-                "theirs": float(theirs_N[n]),
-                "delta": float(beta * q_N[n]),
+                "ours": None if scored.ours_N is None else float(scored.ours_N[n]),
+                "theirs": None if scored.theirs_N is None else float(scored.theirs_N[n]),
+                "delta": float(delta_N[n]),
                 "value": float(values_N[n]),
-                "mean": float(values_N[n] / (n + 1)),
-                "candidates": _rows(pair.tokenizer, candidates, ours_NK[n, 1:], n, beta),
+                "mean": float(sums_N[n] / (n + 1)),
+                "candidates": scored.candidates[n],
             }
         )
     return {
+        "kind": scorer.kind,
+        "decay": scorer.decay,
         "problem": problem,
         "tokens": tokens,
         "steps": [
@@ -71,11 +90,20 @@ def inspect(
         ],
         "beta": beta,
         "p_min": p_min,
-        "sigma": scale,
+        "sigma": None if scorer.kind == "value" else _scale(values_N, sigma),
         "own_sigma": sigma is None,
         "threshold": threshold,
         "label": label,
     }
+
+
+def _scale(values_N: np.ndarray, sigma: float | None) -> float:
+    scale = float(values_N.std()) if sigma is None else sigma
+    if not scale > 0:
+        raise ValueError(
+            f"sigma must be > 0; got {scale} (model and reference with the same weights give 0, and so does one token)"
+        )
+    return scale
 
 
 def token_texts(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
@@ -87,34 +115,52 @@ def token_texts(text: str, offsets: Sequence[tuple[int, int]]) -> list[str]:
     return texts
 
 
-def _candidates(pair: Pair, answer: Answer, p_min: float):
-    """(candidates of the reference, the reward model's log-probs of the sampled token and of them [N, 1 + K])."""
+def _value(scorer: Scorer, answer: Answer, p_min: float, beta: float) -> Scored:
+    score_N = token_scores(scorer, [answer], 1)[0].double().numpy()
+    return Scored(score_N, [[] for _ in score_N])
+
+
+def _vocabulary(scorer: Scorer, answer: Answer, p_min: float, beta: float) -> Scored:
+    candidates, ours_NK = _candidates(scorer, answer, p_min)
+    theirs_NK = torch.cat([candidates.sampled_logprobs_N[:, None], candidates.logprobs_NK], dim=1).cpu()
+    scale_N1 = (scorer.decay ** torch.arange(len(ours_NK), dtype=torch.float64))[:, None]
+    score_NK = scale_N1 * (ours_NK.double() - (0 if scorer.reference is None else theirs_NK.double()))
+    rows = [
+        _rows(scorer, candidates.ids_NK[n].tolist(), ours_NK[n, 1:], theirs_NK[n, 1:], beta * score_NK[n, 1:])
+        for n in range(len(ours_NK))
+    ]
+    theirs_N = None if scorer.reference is None else theirs_NK[:, 0].double().numpy()
+    return Scored(score_NK[:, 0].numpy(), rows, ours_NK[:, 0].double().numpy(), theirs_N)
+
+
+def _candidates(scorer: Scorer, answer: Answer, p_min: float) -> tuple[Candidates, Tensor]:
+    """(candidates of the reference or else of the model, the model's log-probs of the sampled token and of them)."""
     limit = len(answer.prompt_ids) + len(answer.response_ids)
-    reference, model = head_of(pair.reference), head_of(pair.model)
+    policy = scorer.model if scorer.reference is None else scorer.reference
+    theirs, ours = head_of(policy), head_of(scorer.model)
 
     def choose(hidden, batch, _):
-        return select_candidates(hidden, reference.weight, batch.targets_N, p_min, **reference.options)
+        return select_candidates(hidden, theirs.weight, batch.targets_N, p_min, **theirs.options)
 
-    candidates = Candidates(*map_rows(pair.reference, [answer], limit, choose))
+    candidates = Candidates(*map_rows(policy, [answer], limit, choose))
 
     def score(hidden, batch, _):
         ids_NK = torch.cat([batch.targets_N[:, None], candidates.ids_NK], dim=1)
-        return (linear_logprobs(hidden, model.weight, ids_NK, **model.options).logprobs_NK,)
+        return (linear_logprobs(hidden, ours.weight, ids_NK, **ours.options).logprobs_NK,)
 
-    return candidates, map_rows(pair.model, [answer], limit, score)[0].cpu()
+    return candidates, map_rows(scorer.model, [answer], limit, score)[0].cpu()
 
 
-def _rows(tokenizer, candidates, ours_K: torch.Tensor, n: int, beta: float) -> list[dict]:
+def _rows(scorer: Scorer, ids: list[int], ours_K: Tensor, theirs_K: Tensor, delta_K: Tensor) -> list[dict]:
     """The candidates of one position, the most probable first."""
-    theirs_K, ids_K = candidates.logprobs_NK[n].cpu(), candidates.ids_NK[n].tolist()
-    used = [k for k, token in enumerate(ids_K) if token >= 0]
+    used = [k for k, token in enumerate(ids) if token >= 0]
     return [
         {
-            "id": ids_K[k],
-            "text": tokenizer.decode([ids_K[k]]),
+            "id": ids[k],
+            "text": scorer.tokenizer.decode([ids[k]]),
             "ours": float(ours_K[k]),
-            "theirs": float(theirs_K[k]),
-            "delta": float(beta * (ours_K[k] - theirs_K[k])),
+            "theirs": None if scorer.reference is None else float(theirs_K[k]),
+            "delta": float(delta_K[k]),
         }
         for k in sorted(used, key=lambda k: -float(theirs_K[k]))
     ]
@@ -127,6 +173,6 @@ def write_page(path: Path, shown: dict, title: str) -> None:
     )
     finite = [token["delta"] for token in shown["tokens"]]
     if not np.isfinite(finite).all():
-        raise ValueError("a token has probability 0 under one of the models: its log-ratio is infinite")
+        raise ValueError("a token has probability 0 under one of the models: its score is infinite")
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, environment.get_template("inspect.html").render(title=title, shown=shown))
