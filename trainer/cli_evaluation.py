@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ipvrm_core.trainer import cli_processbench
+from ipvrm_core.trainer import cli_accuracy, cli_processbench
 from ipvrm_core.trainer.cli_models import (
     MODEL,
     beta_of,
@@ -25,6 +25,7 @@ BETA = "factor of every token score (default: 10 for log-ratios, 1 for value hea
 def add(commands) -> None:
     """Add every command of this file to the parser's subcommands."""
     cli_processbench.add(commands)
+    cli_accuracy.add(commands)
     _inspect(commands)
     _best_of_n(commands)
     _candidates(commands)

@@ -10,9 +10,10 @@ from ipvrm_core.trainer import models
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import Config, ConfigError, Source
 from ipvrm_core.trainer.data.example import Example
-from ipvrm_core.trainer.data.files import load_examples
+from ipvrm_core.trainer.data.sources import read_source
 from ipvrm_core.trainer.data.tasks import make_task
 from ipvrm_core.trainer.files import write_text
+from ipvrm_core.trainer.prompts import encode_prompt
 from ipvrm_core.trainer.seeds import epoch_slice, stable_seed
 from ipvrm_core.trainer.verify import make_verifier
 
@@ -93,20 +94,7 @@ class Experiment:
     def _read(self, source: Source) -> list[Example]:
         key = source.model_dump_json()
         if key not in self._rows:
-            self._rows[key] = load_examples(
-                source.path,
-                source.split,
-                {
-                    "prompt": source.prompt_column,
-                    "answer": source.answer_column,
-                    **({"solution": source.solution_column} if source.solution_column else {}),
-                },
-                config=source.config,
-                prompt_template=source.prompt_template,
-                answer_pattern=source.answer_pattern,
-                limit=source.limit,
-                meta=[source.group_column] if source.group_column else [],
-            )
+            self._rows[key] = read_source(source)
         return self._rows[key]
 
     # ---- text
@@ -117,17 +105,7 @@ class Experiment:
 
     def encode_prompt(self, example: Example) -> list[int]:
         """Token ids up to where the answer starts; through the chat template where there is one."""
-        tokenizer = self.tokenizer
-        if not tokenizer.chat_template:
-            if not isinstance(example.prompt, str):
-                raise ValueError(f"example {example.id} is a chat, but the tokenizer has no chat template")
-            return tokenizer(example.prompt)["input_ids"]
-        is_text = isinstance(example.prompt, str)
-        messages = [{"role": "user", "content": example.prompt}] if is_text else [*example.prompt]
-        if self.config.model.system_prompt and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.config.model.system_prompt})
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-        return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return encode_prompt(self.tokenizer, example, self.config.model.system_prompt)
 
     def encode_answer(self, text: str) -> list[int]:
         """Token ids of an answer, EOS included."""

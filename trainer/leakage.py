@@ -73,4 +73,5 @@ def _read_chats(source: Chats) -> list[Example]:
 def _read(source: Source) -> list[Example]:
     """The prompts alone, without the template."""
     columns = {"prompt": source.prompt_column}
-    return load_examples(source.path, source.split, columns, config=source.config, limit=source.limit)
+    limit = None if source.group_column else source.limit  # of each group: the whole file is looked at
+    return load_examples(source.path, source.split, columns, config=source.config, limit=limit)

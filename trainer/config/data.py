@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from ipvrm_core.trainer.benchmarks import PRESETS, preset_settings
 from ipvrm_core.trainer.config.base import Positive, Section
 from ipvrm_core.trainer.data.tasks import make_task
 
@@ -16,16 +17,28 @@ class Source(Section):
     path: str | None = None
     config: str | None = Field(None, description="which configuration, for a data set by name")
     split: str | None = Field(None, description="which split, for a data set by name")
+    preset: str | None = Field(
+        None, description=f"columns and prompt of a known set ({', '.join(PRESETS)}); settings given here go before it"
+    )
     prompt_column: str | list[str] = Field("prompt", description="one column, or several to be joined")
     answer_column: str = "answer"
     solution_column: str | None = None
     prompt_template: str = "{prompt}"
     answer_pattern: str | None = Field(None, description="regular expression; group 1 is the answer")
     group_column: str | None = Field(None, description="evaluate each value of this column apart (eval.benchmarks)")
-    limit: Positive | None = None
+    limit: Positive | None = Field(None, description="so many from the first, with group_column so many of each group")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_set(cls, values):
+        if isinstance(values, dict) and values.get("preset") is not None:
+            return {**preset_settings(values["preset"]), **values}
+        return values
 
     @model_validator(mode="after")
     def _one_kind(self):
+        if self.preset and self.task:
+            raise ValueError(f"preset needs a path; got task={self.task!r}")
         if (self.task is None) == (self.path is None):
             raise ValueError(f"exactly one of task and path must be set; got task={self.task!r}, path={self.path!r}")
         if self.task:

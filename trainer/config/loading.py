@@ -2,13 +2,15 @@
 
 import tomllib
 from pathlib import Path
+from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from ipvrm_core.trainer.config.base import ConfigError
+from ipvrm_core.trainer.config.base import ConfigError, Section
 from ipvrm_core.trainer.config.experiment import Config
 
 SHIPPED = Path(__file__).parents[1] / "configs"
+Kind = TypeVar("Kind", bound=Section)
 
 
 def load(path: str | Path, overrides: list[str] = ()) -> Config:
@@ -25,14 +27,14 @@ def load(path: str | Path, overrides: list[str] = ()) -> Config:
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not TOML: {error}") from None
     for override in overrides:
-        _apply(raw, override)
+        apply_override(raw, override)
     return check(raw, str(path))
 
 
-def check(raw: dict, origin: str = "configuration") -> Config:
-    """Validate a plain dict; ConfigError lists every offending key."""
+def check(raw: dict, origin: str = "configuration", section: type[Kind] = Config) -> Kind:
+    """Validate a plain dict, a whole configuration or one section; ConfigError lists every offending key."""
     try:
-        return Config.model_validate(raw)
+        return section.model_validate(raw)
     except ValidationError as error:
         lines = [
             f"  {'.'.join(map(str, item['loc'])) or 'whole file'}: {item['msg']}"
@@ -42,7 +44,8 @@ def check(raw: dict, origin: str = "configuration") -> Config:
         raise ConfigError(f"{origin} is refused:\n" + "\n".join(lines)) from None
 
 
-def _apply(raw: dict, override: str) -> None:
+def apply_override(raw: dict, override: str) -> None:
+    """Set one key of a plain dict, whose tables are made where they are missing. ConfigError for one that cannot be."""
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise ConfigError(f"an override must look like key.path=value; got {override!r}")

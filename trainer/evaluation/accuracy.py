@@ -1,16 +1,58 @@
 """Accuracy of a policy on the test prompts: greedy, avg@k, pass@k, and whole traces where steps can be checked."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import nn
 
 from ipvrm_core.trainer.data.example import Example
+from ipvrm_core.trainer.data.sources import by_group
+from ipvrm_core.trainer.evaluation.best_of_n import pass_at
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.phases.rollout import sample_and_verify
+from ipvrm_core.trainer.rollouts import Sample
+from ipvrm_core.trainer.verify import Verdict
+
+
+class Judged(NamedTuple):
+    """What the shares need of one answer."""
+
+    correct: bool
+    decided: bool  # by the verifier, in time
+    tokens: int
+    finished: bool
+
+
+def judged(samples: Iterable[Sample], verdicts: Iterable[Verdict]) -> list[Judged]:
+    return [
+        Judged(verdict.correct, verdict.status not in ("timeout", "error"), len(sample.response_ids), sample.finished)
+        for sample, verdict in zip(samples, verdicts, strict=True)
+    ]
+
+
+def accuracy(greedy: Sequence[Judged], drawn: Sequence[Judged], k: int, sizes: Sequence[int] = ()) -> dict[str, float]:
+    """Shares of right answers: one greedy and k drawn answers a prompt, those of a prompt contiguous.
+
+    pass@n of n < k (`sizes`) is the mean over all subsets of n of the k answers. response_length and finished (by EOS,
+    not by the limit) are of the drawn answers, undecided verdicts of all.
+    """
+    if len(drawn) != k * len(greedy) or not greedy:
+        raise ValueError(f"expected {k} drawn answers for each greedy one; got {len(drawn)} and {len(greedy)}")
+    right = [answer.correct for answer in drawn]
+    groups = [right[start : start + k] for start in range(0, len(right), k)]
+    return {
+        "prompts": len(greedy),
+        "greedy": sum(answer.correct for answer in greedy) / len(greedy),
+        f"avg@{k}": sum(right) / len(right),
+        **{f"pass@{n}": sum(pass_at(group, n) for group in groups) / len(groups) for n in (*sizes, k)},
+        "response_length": sum(answer.tokens for answer in drawn) / len(drawn),
+        "finished": sum(answer.finished for answer in drawn) / len(drawn),
+        "undecided": sum(not answer.decided for answer in [*greedy, *drawn]),
+    }
 
 
 def policy_accuracy(experiment: Experiment, model: nn.Module, examples: Sequence[Example]) -> dict[str, float]:
-    """{greedy, avg@k, pass@k, all_steps_greedy, all_steps, timeouts}: shares over prompts; k = eval.samples."""
+    """`accuracy` with k = eval.samples; for a built-in task also all_steps_greedy and all_steps."""
     settings = experiment.config.eval
     shared = {
         "max_new_tokens": experiment.config.generation.max_new_tokens,
@@ -21,16 +63,7 @@ def policy_accuracy(experiment: Experiment, model: nn.Module, examples: Sequence
     drawn, verdicts = sample_and_verify(
         experiment, model, examples, k, temperature=settings.temperature, top_p=settings.top_p, **shared
     )
-    right = [verdict.correct for verdict in verdicts]
-    groups = [right[start : start + k] for start in range(0, len(right), k)]
-    result = {
-        "prompts": len(examples),
-        "greedy": sum(verdict.correct for verdict in greedy_verdicts) / len(examples),
-        f"avg@{k}": sum(right) / len(right),
-        f"pass@{k}": sum(any(group) for group in groups) / len(groups),
-        "response_length": sum(len(sample.response_ids) for sample in drawn) / len(drawn),
-        "undecided": sum(v.status in ("timeout", "error") for v in [*verdicts, *greedy_verdicts]),
-    }
+    result = accuracy(judged(greedy, greedy_verdicts), judged(drawn, verdicts), k)
     if experiment.task:
         repeated = [example for example in examples for _ in range(k)]
         result["all_steps_greedy"] = _all_steps(experiment, examples, greedy)
@@ -43,18 +76,18 @@ def benchmark_accuracy(experiment: Experiment, model: nn.Module) -> dict[str, di
 
     A benchmark with a group column is as many benchmarks, "name/group".
     """
-    found: dict[str, dict[str, float]] = {}
-    for name, source in experiment.config.eval.benchmarks.items():
-        groups: dict[str, list[Example]] = {}
-        for example in experiment.source_examples(source):
-            key = f"{name}/{example.meta[source.group_column]}" if source.group_column else name
-            groups.setdefault(key, []).append(example)
-        for key, examples in groups.items():
-            found[key] = policy_accuracy(experiment, model, examples)
-    k = experiment.config.eval.samples
-    shares = ("greedy", f"avg@{k}", f"pass@{k}")
-    average = {share: sum(entry[share] for entry in found.values()) / len(found) for share in shares}
-    return {**found, "average": average}
+    found = {
+        key: policy_accuracy(experiment, model, examples)
+        for name, source in experiment.config.eval.benchmarks.items()
+        for key, examples in by_group(source, name, experiment.source_examples(source)).items()
+    }
+    return {**found, "average": average(found)}
+
+
+def average(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """The unweighted mean over benchmarks of the shares of right answers."""
+    shares = [key for key in next(iter(found.values())) if key.startswith(("greedy", "avg@", "pass@"))]
+    return {share: sum(entry[share] for entry in found.values()) / len(found) for share in shares}
 
 
 def _all_steps(experiment: Experiment, examples, samples) -> float:

@@ -1,0 +1,101 @@
+"""`ipvrm accuracy`: a policy on a test set, without a run folder."""
+
+import json
+from pathlib import Path
+
+from ipvrm_core.trainer.benchmarks import PRESETS
+from ipvrm_core.trainer.cli_models import MODEL, quiet
+
+
+def add(commands) -> None:
+    help = "Accuracy of any policy on a test set: greedy, avg@k, pass@k; keeps the answers for best-of-n."
+    parser = commands.add_parser("accuracy", help=help, description=help)
+    parser.add_argument("--model", required=True, help=f"the policy: {MODEL}")
+    parser.add_argument("--data", required=True, help="jsonl, json, parquet, or a Hugging Face data set")
+    parser.add_argument("--preset", help=f"columns and prompt of a known set: {', '.join(PRESETS)}")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings of the data, as in eval.benchmarks (`ipvrm config`)"
+    )
+    parser.add_argument("--limit", type=int, help="so many problems, of each group where the data have groups")
+    parser.add_argument("--samples", type=int, default=8, help="drawn answers a problem: k of avg@k (default: 8)")
+    parser.add_argument("--temperature", type=float, default=0.6)
+    parser.add_argument("--top-p", type=float, default=0.95)
+    parser.add_argument("--max-new-tokens", type=int, default=1024)
+    parser.add_argument("--batch", type=int, default=64, help="sequences at once, and problems a resumable part")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--system-prompt", help="first message, where the tokenizer has a chat template")
+    parser.add_argument("--verifier", default="math", help="exact | math | package.module:function (default: math)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
+    parser.add_argument("--answers", type=Path, help="jsonl file for the drawn answers, as best-of-n reads them")
+    parser.add_argument("--resume", action="store_true", help="go on where a killed command stopped")
+    parser.set_defaults(function=run)
+
+
+def run(options) -> None:
+    from dataclasses import asdict
+
+    from ipvrm_core.trainer.data.sources import by_group, read_source
+    from ipvrm_core.trainer.evaluation import sampled_answers
+    from ipvrm_core.trainer.evaluation.token_scores import load_language_model
+    from ipvrm_core.trainer.files import remove_folder, write_json, write_text
+    from ipvrm_core.trainer.verify import make_verifier
+
+    source = _source(options)
+    names = ("samples", "temperature", "top_p", "max_new_tokens", "batch", "seed")
+    sampling = sampled_answers.Sampling(**{name: getattr(options, name) for name in names})
+    origin = {name: getattr(options, name) for name in ("model", "dtype", "system_prompt", "verifier")}
+    origin |= {"data": source.model_dump(exclude_defaults=True), "sampling": asdict(sampling)}
+    parts = options.out.with_name(f"{options.out.name}.parts")
+    _check_old(options, parts)
+
+    groups = by_group(source, options.preset or Path(options.data).stem, read_source(source))
+    if options.answers:
+        _check_readable(groups)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    quiet()
+    tokenizer, model = load_language_model(options.model, options.dtype, options.device)
+    with make_verifier(options.verifier) as verifier:
+        asker = sampled_answers.Asker(tokenizer, verifier, options.system_prompt)
+        made = sampled_answers.sample_parts(parts, asker, model, groups, sampling, origin)
+    result = {"origin": origin, **sampled_answers.summarise(made, sampling.samples)}
+    if options.answers:
+        options.answers.parent.mkdir(parents=True, exist_ok=True)
+        lines = [json.dumps(row) + "\n" for row in sampled_answers.stored_rows(made)]
+        write_text(options.answers, "".join(lines))
+    write_json(options.out, result)
+    remove_folder(parts)
+    print(sampled_answers.markdown(result))
+
+
+def _source(options):
+    from ipvrm_core.trainer.config import ConfigError, Source, check
+    from ipvrm_core.trainer.config.loading import apply_override
+
+    raw: dict = {"path": options.data}
+    raw |= {name: value for name in ("preset", "limit") if (value := getattr(options, name)) is not None}
+    for override in options.overrides:
+        if override.partition("=")[0] in ("path", "preset", "limit", "task"):
+            raise ConfigError(f"{override!r}: take --data, --preset and --limit")
+        apply_override(raw, override)
+    return check(raw, options.data, Source)
+
+
+def _check_old(options, parts: Path) -> None:
+    """ValueError rather than writing over a result, or going on with old answers unasked."""
+    if options.out.exists():
+        raise ValueError(f"{options.out} exists already; take another --out")
+    if parts.exists() and not options.resume:
+        raise ValueError(f"{parts} holds the answers of a stopped command; pass --resume to go on, or remove it")
+
+
+def _check_readable(groups) -> None:
+    """ValueError for prompts that best-of-n could not read: it knows one message of the user."""
+    from ipvrm_core.trainer.evaluation.sampled_answers import prompt_text
+
+    long = [
+        example.id for examples in groups.values() for example in examples if not isinstance(prompt_text(example), str)
+    ]
+    if long:
+        raise ValueError(f"--answers holds prompts of one user message; {long[0]} has more, or another first role")
