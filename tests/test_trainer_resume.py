@@ -254,8 +254,16 @@ def test_metrics_are_equal_line_by_line(runs, folder, least, most):
 def test_rollouts_are_equal(runs):
     shards = sorted((runs.a / "rollout/shards").iterdir())
     assert len(shards) == 12
-    for path in [*shards, runs.a / "rollout/summary.json"]:
+    for path in shards:
         assert (runs.b / path.relative_to(runs.a)).read_text() == path.read_text()
+    assert _metrics(runs.b / "rollout") == _metrics(runs.a / "rollout")
+    straight, interrupted = (json.loads((run / "rollout/summary.json").read_text()) for run in (runs.a, runs.b))
+    assert straight.keys() == interrupted.keys()
+    own = {"seconds", "tokens_per_second", "peak_memory_mb"}
+    assert all(straight[key] == interrupted[key] for key in straight.keys() - own)
+    assert straight["tokens"] == sum(
+        len(row["response_ids"]) for path in shards for row in json.loads(path.read_text())
+    )
 
 
 def test_evaluation_is_equal(runs):

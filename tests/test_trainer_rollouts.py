@@ -7,6 +7,7 @@ import torch
 
 from ipvrm_core.trainer.config import Lora
 from ipvrm_core.trainer.models import add_lora, character_tokenizer
+from ipvrm_core.trainer.phases.rollout import cost
 from ipvrm_core.trainer.rollouts import generate
 
 TOKENIZER = character_tokenizer("0123456789+-*=;#?")
@@ -195,3 +196,12 @@ def test_samples_of_a_task_are_verified(tiny_experiment, tiny_model):
     verdicts = experiment.verifier(decoded, [example.answer for example in examples])
     assert [verdict.correct for verdict in verdicts] == [True, True, False, True]
     assert _all_steps(experiment, examples, samples) == 0.75
+
+
+def test_cost_of_the_rollouts():
+    """All shards together: tokens over seconds, not the mean of the shards' own speeds."""
+    lines = [
+        {"tokens": 100, "seconds": 1.0, "peak_memory_mb": 5.0},
+        {"tokens": 20, "seconds": 3.0, "peak_memory_mb": 4.0},
+    ]
+    assert cost(lines) == {"tokens": 120, "seconds": 4.0, "tokens_per_second": 30.0, "peak_memory_mb": 5.0}

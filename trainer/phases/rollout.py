@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from tqdm import tqdm
-
 from ipvrm_core import linear_logprobs
 from ipvrm_core.trainer.batching import Answer, map_rows
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.files import write_json
+from ipvrm_core.trainer.metrics import MetricsLog, read_metrics
 from ipvrm_core.trainer.models import head_of
 from ipvrm_core.trainer.phases.training import phase_folder
 from ipvrm_core.trainer.rollouts import Sample, generate
@@ -50,7 +49,7 @@ def generation_settings(experiment: Experiment) -> dict:
 
 
 def run(experiment: Experiment, resume: bool = False) -> None:
-    """Sample shard by shard; writes rollout/shards/*.json and rollout/summary.json."""
+    """Sample shard by shard; writes rollout/shards/*.json, a line for each in metrics.jsonl, and summary.json."""
     config, rollout = experiment.config, experiment.config.rollout
     if rollout is None:
         raise ValueError("the configuration has no [rollout] section")
@@ -70,36 +69,36 @@ def run(experiment: Experiment, resume: bool = False) -> None:
             return (found.logprobs_NK[:, 0],)
 
         starts = range(0, rollout.prompts, rollout.batch)
-        for number, start in enumerate(tqdm(starts, desc="rollout", unit="shard", disable=None)):
-            path = shards / f"{number:05d}.json"
-            if path.exists():
-                continue
-            experiment.seed("rollout", number)
-            examples = experiment.examples("rollout", start, min(rollout.batch, rollout.prompts - start))
-            samples, verdicts = sample_and_verify(
-                experiment, model, examples, rollout.samples, **generation_settings(experiment)
-            )
-            answers = [Answer(sample.prompt_ids, sample.response_ids) for sample in samples]
-            logprobs_N = map_rows(model, answers, config.micro_batch_tokens, reference)[0]
-            lengths = [len(answer.response_ids) for answer in answers]
-            rows = [
-                {
-                    "prompt": start + index // rollout.samples,
-                    "prompt_ids": answer.prompt_ids,
-                    "response_ids": answer.response_ids,
-                    "ref_logprobs": values.tolist(),
-                    "correct": verdict.correct,
-                    "status": verdict.status,
-                    "finished": sample.finished,
-                }
-                for index, (answer, values, verdict, sample) in enumerate(
-                    zip(answers, logprobs_N.split(lengths), verdicts, samples, strict=True)
+        done = len(list(shards.glob("*.json")))
+        with MetricsLog(folder, "rollout", len(starts), done, show=("accuracy", "tokens")) as metrics:
+            for number, start in list(enumerate(starts))[done:]:
+                experiment.seed("rollout", number)
+                examples = experiment.examples("rollout", start, min(rollout.batch, rollout.prompts - start))
+                samples, verdicts = sample_and_verify(
+                    experiment, model, examples, rollout.samples, **generation_settings(experiment)
                 )
-            ]
-            write_json(path, rows)
-            right = sum(row["correct"] for row in rows)
-            tqdm.write(f"rollout {number + 1}/{len(starts)}  accuracy {right / len(rows):.3f}")
-        write_json(folder / "summary.json", summarize(shards))
+                answers = [Answer(sample.prompt_ids, sample.response_ids) for sample in samples]
+                logprobs_N = map_rows(model, answers, config.micro_batch_tokens, reference)[0]
+                lengths = [len(answer.response_ids) for answer in answers]
+                rows = [
+                    {
+                        "prompt": start + index // rollout.samples,
+                        "prompt_ids": answer.prompt_ids,
+                        "response_ids": answer.response_ids,
+                        "ref_logprobs": values.tolist(),
+                        "correct": verdict.correct,
+                        "status": verdict.status,
+                        "finished": sample.finished,
+                    }
+                    for index, (answer, values, verdict, sample) in enumerate(
+                        zip(answers, logprobs_N.split(lengths), verdicts, samples, strict=True)
+                    )
+                ]
+                # The line goes first: without its shard it is dropped when the phase goes on, and both are made again.
+                right = sum(row["correct"] for row in rows)
+                metrics.log(number + 1, accuracy=right / len(rows), answers=len(rows), tokens=sum(lengths))
+                write_json(shards / f"{number:05d}.json", rows)
+        write_json(folder / "summary.json", {**summarize(shards), **cost(read_metrics(metrics.path))})
 
 
 def summarize(shards: Path) -> dict:
@@ -114,6 +113,17 @@ def summarize(shards: Path) -> dict:
         "mixed_prompts": sum(0 < sum(group) < len(group) for group in groups.values()) / len(groups),
         "finished": sum(row["finished"] for row in rows) / len(rows),
         **{f"verdict_{name}": sum(row["status"] == name for row in rows) for name in get_args(Status)},
+    }
+
+
+def cost(lines: list[dict]) -> dict[str, float]:
+    """Of sampling, verifying and reference log-probs together, over all shards."""
+    seconds, tokens = (sum(line[name] for line in lines) for name in ("seconds", "tokens"))
+    return {
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "peak_memory_mb": max(line["peak_memory_mb"] for line in lines),
     }
 
 
