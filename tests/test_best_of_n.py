@@ -174,7 +174,7 @@ def test_an_answer_without_a_score_is_never_chosen_but_votes():
     item.scores = {"s": [None, 1.0, 0.0]}  # pairs: of the first and the second a, of the first and the third b, then a
     result = evaluate({"p": item}, [2], resamples=0)
     assert result["2"]["best:s"]["mean"] == result["2"]["vote:s"]["mean"] == pytest.approx(2 / 3)
-    assert "1 of 3 answers have no score: none chooses them, they vote" in markdown(result)
+    assert "1 of 3 answers have no score: never the best, but they vote" in markdown(result)
 
 
 def test_the_command(tmp_path, capsys):

@@ -167,7 +167,7 @@ def test_best_of_n_with_long_answers(kind, paths, tmp_path, capsys):
     assert cli.main([*words, "--too-long", "skip"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(SAID[kind].format(**paths) + "\nAnswers: 2 ok, 1 too long\n")
-    assert "N = 2: 1 problems; 1 of 3 answers have no score: none chooses them, they vote" in printed
+    assert "N = 2: 1 problems; 1 of 3 answers have no score: never the best, but they vote" in printed
     found = json.loads((tmp_path / "out.json").read_text())
     assert found["status"] == {"1?": ["ok", "too_long", "ok"]}
     assert [score is None for score in found["scores"]["1?"]["vbar"]] == [False, True, False]

@@ -163,7 +163,7 @@ def markdown(result: dict) -> str:
     for n, entry in result.items():
         lost = f"; {entry['left_out']} have fewer than {n} answers and are left out" if entry["left_out"] else ""
         if entry["unscored"]:
-            lost += f"; {entry['unscored']} of {entry['answers']} answers have no score: none chooses them, they vote"
+            lost += f"; {entry['unscored']} of {entry['answers']} answers have no score: never the best, but they vote"
         lines.append(f"N = {n}: {entry['problems']} problems{lost}")
     return "\n".join(
         [*lines, "Share of problems answered right, in %, over all subsets of N answers; brackets: 95% interval."]
