@@ -18,6 +18,7 @@ from ipvrm_core.trainer import config as configuration
 from ipvrm_core.trainer.report import build, tables
 from ipvrm_core.trainer.report.collect import collect
 from ipvrm_core.trainer.report.compare import compare
+from ipvrm_core.trainer.report.compare_plot import draw
 from ipvrm_core.trainer.report.page import duration, number, points
 from ipvrm_core.trainer.report.plots import smooth, window
 
@@ -306,6 +307,45 @@ def test_compare_gives_mean_and_sample_deviation(tmp_path):
     assert "| greedy | 0.600 ± 0.141 |" in text  # deviations -0.1 and 0.1: sqrt(0.02 / 1)
     assert "| prompts | 512 ± 0 |" in text
     assert "| localisation train/process f1_oracle | 0.250 ± 0.000 |" in text
+
+
+@pytest.fixture
+def seeds(tmp_path):
+    """Two runs with a reward model, a value head (no candidate credit), and one that was updated online."""
+    for seed, value in enumerate((0.25, 0.75)):
+        credit = {"positions": 9, "chance": 0.4, "policy": 0.6}
+        row = {"average": 0.3, "majority": 0.5, "best:vbar": value, "pass": 0.9}
+        full = {"candidate_credit": {**credit, "reward_model": value}, "best_of_n": {"4": row, "16": row}}
+        results = {"rm-a": full, "rm-q": {"candidate_credit": credit}, "online-a": full}
+        (tmp_path / f"{seed}/eval").mkdir(parents=True)
+        (tmp_path / f"{seed}/eval/results.json").write_text(json.dumps(results))
+    return [tmp_path / "0", tmp_path / "1"]
+
+
+def test_compare_puts_reward_models_in_short(seeds):
+    text = compare(seeds)
+    assert text.startswith("| reward model | candidate credit | best of 4 | best of 16 |")
+    assert "| a | 0.500 ± 0.354 | 0.500 ± 0.354 | 0.500 ± 0.354 |" in text
+    assert "| q | – | – | – |" in text  # what a model does not have is not a number
+    assert "| a, online | 0.500" in text
+    assert "| candidate_credit reward_model | 0.500 ± 0.354 | – |" in text
+
+
+@pytest.mark.parametrize(("name", "start"), [("plot.png", b"\x89PNG"), ("plot.svg", b"<?xml")])
+def test_the_picture_of_a_comparison(seeds, tmp_path, name, start):
+    draw(seeds, tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(start)
+    if name.endswith("svg"):
+        text = (tmp_path / name).read_text()
+        assert all(f"<!-- {word} -->" in text or f">{word}<" in text for word in ("best of 16", "a, online", "chance"))
+    assert not list(tmp_path.glob(".*tmp"))
+
+
+def test_there_is_nothing_to_draw_without_reward_models(tmp_path):
+    (tmp_path / "0/eval").mkdir(parents=True)
+    (tmp_path / "0/eval/results.json").write_text(json.dumps({"policy-start": {"greedy": 0.5}}))
+    with pytest.raises(ValueError, match="no reward models"):
+        draw([tmp_path / "0"], tmp_path / "plot.png")
 
 
 def test_compare_refuses_runs_of_other_models(tmp_path):

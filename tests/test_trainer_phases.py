@@ -158,6 +158,36 @@ def test_evaluation_of_all_models(train):
     assert results["rm-prefix"]["candidate_credit"]["positions"] > 0
 
 
+def test_evaluation_of_a_reward_model_after_its_updates(train, monkeypatch):
+    """It is saved beside the policy, and judged against what it was last compared with."""
+    _, folder = train(reward_model=_reward_model("before"), method={"online_reference": "sft"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    config["eval"] |= {"best_of_n": [1, 2], "prompts": 24}
+    experiment = Experiment(check(config), folder)
+    evaluate.run(experiment)
+    results = json.loads((folder / "eval/results.json").read_text())
+    assert set(results) == {"policy-start", "policy-x", "rm-prefix", "online-x"}
+    offline, online = results["rm-prefix"], results["online-x"]
+    assert offline["candidate_credit"]["positions"] == online["candidate_credit"]["positions"]  # the same answers
+    assert offline["best_of_n"]["2"]["pass"] == online["best_of_n"]["2"]["pass"]
+    assert offline["localisation"] != online["localisation"]
+    for row in (offline["best_of_n"]["1"], online["best_of_n"]["1"]):
+        shares = [row[way] for way in ("pass", "best:vbar", "best:sum", "majority")]
+        assert shares == pytest.approx([row["average"]] * 3 + [shares[-1]])  # of one answer there is no choice
+
+
+def test_a_kill_between_the_two_models(train):
+    """The reward model was saved, the policy not yet: the phase saves what is missing and leaves the other alone."""
+    _, folder = train(reward_model=_reward_model("before"))
+    before = _digest(folder)
+    shutil.rmtree(folder / "rl/x/model")
+    saved = (folder / "rl/x/reward_model/model.safetensors").stat()
+    distrl.run(Experiment(check(json.loads((folder / "config.json").read_text())), folder), "x", resume=True)
+    assert _digest(folder) == before
+    assert (folder / "rl/x/reward_model/model.safetensors").stat() == saved
+
+
 def test_phases_name_what_is_missing(tmp_path):
     experiment = Experiment(check({**BASE, "rl": {"x": {**RL, "reward_model": _reward_model("none")}}}), tmp_path)
     with pytest.raises(FileNotFoundError, match="sft"):

@@ -268,7 +268,7 @@ def test_rollouts_are_equal(runs):
 
 def test_evaluation_is_equal(runs):
     names = sorted(path.name for path in (runs.a / "eval").glob("*.json"))
-    assert names == ["policy-dist.json", "policy-start.json", "results.json", "rm-prefix.json"]
+    assert names == ["online-dist.json", "policy-dist.json", "policy-start.json", "results.json", "rm-prefix.json"]
     for name in names:
         assert (runs.b / "eval" / name).read_text() == (runs.a / "eval" / name).read_text()
 

@@ -76,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
         "compare", help="Mean and spread over the evaluations of several runs (seeds), as Markdown."
     )
     seeds.add_argument("runs", nargs="+", type=Path, help="run folders")
+    seeds.add_argument("--plot", type=Path, help="also draw the reward models: FILE.png, .svg or .pdf")
     seeds.set_defaults(function=_compare)
 
     cli_evaluation.add(commands)
@@ -178,6 +179,10 @@ def _compare(options) -> None:
     from ipvrm_core.trainer.report.compare import compare
 
     print(compare(options.runs))
+    if options.plot:
+        from ipvrm_core.trainer.report.compare_plot import draw
+
+        draw(options.runs, options.plot)
 
 
 def _report(options) -> None:

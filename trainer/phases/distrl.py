@@ -22,7 +22,7 @@ SHOW = (
 
 
 def run(experiment: Experiment, name: str, resume: bool = False) -> None:
-    """Train the policy run `name`; writes rl/<name>/model."""
+    """Train the policy run `name`; writes rl/<name>/model, and rl/<name>/reward_model where it was updated."""
     rl = experiment.config.rl[name]
     folder = experiment.run / "rl" / name
     with phase_folder(folder, "model", resume) as todo:
@@ -80,6 +80,8 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
             if schedule == "after":
                 numbers |= update_rm()
             training.log(step, **numbers)
+        if "reward_model" in models:
+            training.save(reward_model, "reward_model")
         training.finish(policy)
 
 

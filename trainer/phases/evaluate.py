@@ -1,54 +1,54 @@
 """Evaluation of every finished model of a run; one JSON file a model, so that it can stop and go on."""
 
 import json
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from ipvrm_core.trainer.evaluation.accuracy import benchmark_accuracy, policy_accuracy
-from ipvrm_core.trainer.evaluation.candidate_credit import candidate_credit
-from ipvrm_core.trainer.evaluation.localisation import best_f1, f1_at
-from ipvrm_core.trainer.evaluation.log_ratios import Pair
+from ipvrm_core.trainer.evaluation.own_answers import OwnAnswers, sample_own
 from ipvrm_core.trainer.evaluation.rank_analysis import continued_prefixes, rank_auc
-from ipvrm_core.trainer.evaluation.step_scores import PROTOCOLS, score_traces
+from ipvrm_core.trainer.evaluation.reward_model import judge
+from ipvrm_core.trainer.evaluation.token_scores import Scorer
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.files import write_json
-from ipvrm_core.trainer.phases.rollout import generation_settings
 from ipvrm_core.trainer.phases.training import phase_folder
 from ipvrm_core.trainer.reward import needs_reference
-from ipvrm_core.trainer.rollouts import generate
-
-FORMATS = ("train", "terse")
 
 
 def run(experiment: Experiment, resume: bool = False) -> None:
-    """Writes eval/policy-<name>.json, eval/rm-<name>.json, eval/rank-<name>.json and eval/results.json."""
+    """Writes eval/<kind>-<name>.json for every job of `_jobs`, and eval/results.json with all of them."""
     folder = experiment.run / "eval"
     with phase_folder(folder, "results.json", resume) as todo:
         if not todo:
             return
-        policies = {"start": None, **{name: experiment.run / "rl" / name / "model" for name in experiment.config.rl}}
-        jobs = [(f"policy-{name}.json", _policy, path) for name, path in policies.items()]
-        if experiment.task:
-            jobs += [
-                (f"rm-{name}.json", _reward_model, experiment.run / "rm" / name / "model")
-                for name in experiment.config.rm
-            ]
-        if experiment.config.eval.rank_prompts:
-            jobs += [
-                (f"rank-{name}.json", _rank, experiment.run / "rm" / name / "model")
-                for name, settings in experiment.config.rm.items()
-                if needs_reference(settings.build())
-            ]
         results = {}
-        for name, job, path in tqdm(jobs, desc="eval", disable=None):
-            target = folder / name
+        for name, job in tqdm(_jobs(experiment).items(), desc="eval", disable=None):
+            target = folder / f"{name}.json"
             if not target.exists():
-                experiment.seed("eval", name)
-                write_json(target, job(experiment, path))
-            results[target.stem] = json.loads(target.read_text())
-            tqdm.write(f"eval {target.stem}: {json.dumps(_short(results[target.stem]))}")
+                experiment.seed("eval", target.name)
+                write_json(target, job())
+            results[name] = json.loads(target.read_text())
+            tqdm.write(f"eval {name}: {json.dumps(_short(results[name]))}")
         write_json(folder / "results.json", results)
+
+
+def _jobs(experiment: Experiment) -> dict[str, Callable[[], dict]]:
+    """policy-<name>; rm-<name> as trained offline; online-<policy run>, its reward model afterwards; rank-<name>."""
+    config, run = experiment.config, experiment.run
+    jobs = {"policy-start": partial(_policy, experiment, None)}
+    jobs |= {f"policy-{name}": partial(_policy, experiment, run / "rl" / name / "model") for name in config.rl}
+    if experiment.task or config.eval.best_of_n:
+        own = cache(lambda: sample_own(experiment, experiment.start_policy().eval()))  # made when first asked for
+        jobs |= {f"rm-{name}": partial(_offline, experiment, name, own) for name in config.rm}
+        updated = [name for name, rl in config.rl.items() if rl.reward_model and rl.reward_model.update != "none"]
+        jobs |= {f"online-{name}": partial(_online, experiment, name, own) for name in updated}
+    if config.eval.rank_prompts:
+        ranked = [name for name, settings in config.rm.items() if needs_reference(settings.build())]
+        jobs |= {f"rank-{name}": partial(_rank, experiment, run / "rm" / name / "model") for name in ranked}
+    return jobs
 
 
 def _policy(experiment: Experiment, path: Path | None) -> dict:
@@ -59,53 +59,36 @@ def _policy(experiment: Experiment, path: Path | None) -> dict:
     return result
 
 
-def _reward_model(experiment: Experiment, path: Path) -> dict:
-    """Step localisation in both formats and candidate credit on the starting policy's own answers."""
-    reward_model, reference = experiment.load(path).eval(), experiment.start_policy().eval()
-    objective = experiment.config.rm[path.parent.name].build()
-    settings = experiment.config.eval
-    result: dict = {"localisation": {}}
-    scores, labels = {}, []
-    for style in FORMATS:
-        traces = experiment.task.labelled_traces(experiment.config.seed + 1, settings.traces, style)
-        labels = [trace.label for trace in traces]  # the same in both styles: only the format differs
-        scores[style] = score_traces(experiment, reward_model, reference, traces, objective)
-    for protocol in PROTOCOLS:
-        tuned = best_f1(scores["train"][protocol], labels)
-        for style in FORMATS:
-            oracle = best_f1(scores[style][protocol], labels)
-            transferred = f1_at(scores[style][protocol], labels, tuned.threshold)
-            result["localisation"][f"{style}/{protocol}"] = {
-                "f1_oracle": oracle.f1,
-                "f1_transferred": transferred.f1,
-                "accuracy_erroneous": oracle.accuracy_erroneous,
-                "accuracy_correct": oracle.accuracy_correct,
-            }
-    experiment.seed("eval", "candidate_credit")  # the same answers for every reward model
-    examples = experiment.test_examples(settings.prompts)
-    prompts = [experiment.encode_prompt(example) for example in examples]
-    samples = generate(reference, experiment.tokenizer, prompts, **generation_settings(experiment))
-    scored = {} if objective.head == "value" else {"reward_model": reward_model}  # no candidates' scores there
-    result["candidate_credit"] = candidate_credit(
-        experiment, reference, scored, examples, samples, reference=objective.reference
-    )
-    return result
+def _offline(experiment: Experiment, name: str, own: Callable[[], OwnAnswers]) -> dict:
+    reward_model = experiment.load(experiment.run / "rm" / name / "model").eval()
+    objective = experiment.config.rm[name].build()
+    return judge(experiment, reward_model, own().policy, objective, own())
+
+
+def _online(experiment: Experiment, name: str, own: Callable[[], OwnAnswers]) -> dict:
+    """Against what its last updates compared it with: the start, or the policy, of which the final one is at hand."""
+    rl, folder = experiment.config.rl[name], experiment.run / "rl" / name
+    fixed = rl.resolved().online_reference == "sft"
+    reference = own().policy if fixed else experiment.load(folder / "model").eval()
+    reward_model = experiment.load(folder / "reward_model").eval()
+    return judge(experiment, reward_model, reference, experiment.config.rm[rl.reward_model.name].build(), own())
 
 
 def _rank(experiment: Experiment, path: Path) -> dict:
     """AUCs of the reward model's values and TD errors against how the starting policy's answers go on."""
     policy = experiment.start_policy().eval()
-    pair = Pair(experiment.tokenizer, experiment.load(path).eval(), policy)
+    scorer = Scorer(experiment.tokenizer, experiment.load(path).eval(), policy)
     experiment.seed("eval", "rank")  # the same answers for every reward model
     examples = experiment.test_examples(experiment.config.eval.rank_prompts)
     beta, samples = experiment.config.rm[path.parent.name].build().beta, experiment.config.eval.samples
-    return rank_auc(continued_prefixes(experiment, policy, pair, examples, beta=beta, samples=samples))
+    return rank_auc(continued_prefixes(experiment, policy, scorer, examples, beta=beta, samples=samples))
 
 
 def _short(result: dict) -> dict:
-    if "localisation" in result:
-        shown = {key: round(value["f1_oracle"], 3) for key, value in result["localisation"].items()}
-        return {**shown, **{key: round(value, 3) for key, value in result["candidate_credit"].items()}}
-    average = {f"mean {key}": value for key, value in result.get("benchmarks", {}).get("average", {}).items()}
-    flat = {key: value for key, value in {**result, **average}.items() if key != "benchmarks" and value is not None}
-    return {key: round(value, 3) for key, value in flat.items()}
+    """The numbers of one line of the log."""
+    shown: dict[str, float] = {key: cell["f1_oracle"] for key, cell in result.get("localisation", {}).items()}
+    shown |= result.get("candidate_credit", {})
+    shown |= {f"best of {n}": row["best:vbar"] for n, row in result.get("best_of_n", {}).items()}
+    shown |= {f"mean {key}": value for key, value in result.get("benchmarks", {}).get("average", {}).items()}
+    shown |= {key: value for key, value in result.items() if isinstance(value, int | float)}
+    return {key: round(value, 3) for key, value in shown.items()}

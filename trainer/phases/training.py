@@ -84,13 +84,19 @@ class Training:
     def log(self, step: int, **numbers: float) -> None:
         self.metrics.log(step, **numbers)
 
-    def finish(self, model: nn.Module) -> None:
-        """Save `model` as folder/model; its existence marks the phase as finished.
+    def save(self, model: nn.Module, name: str) -> None:
+        """Save `model` as folder/name, in float32 where its optimiser kept such copies of its weights.
 
-        In float32 where its optimiser kept such copies of its weights.
+        Whatever has that name was saved after the last step of this very training, before it was interrupted.
         """
+        if (self.folder / name).exists():
+            return
+        for key, trained in self.models.items():
+            if trained is model and hasattr(self.optimizers.get(key), "pairs"):
+                install(model, trained_weights(model, self.optimizers[key]))
+        save_model(model, self.experiment.tokenizer, self.folder / name)
+
+    def finish(self, model: nn.Module) -> None:
+        """Save `model` as folder/model; its existence marks the phase as finished."""
         self.metrics.close()
-        for name, trained in self.models.items():
-            if trained is model and hasattr(self.optimizers.get(name), "pairs"):
-                install(model, trained_weights(model, self.optimizers[name]))
-        save_model(model, self.experiment.tokenizer, self.folder / "model")
+        self.save(model, "model")

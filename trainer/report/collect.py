@@ -48,7 +48,7 @@ class Run:
     policies: list[Phase]
     rollout: dict | None
     rollout_note: Note | None
-    evaluation: dict[str, dict]  # policy-start, policy-<name>, rm-<name>, as far as they are there
+    evaluation: dict[str, dict]  # policy-start, and policy-, rm-, online-<name>, as far as they are there
     evaluation_note: Note | None
     newest: datetime | None  # when the newest file that the report reads was written
 
@@ -106,6 +106,7 @@ def _evaluation(config: Config, folder: Path) -> dict[str, dict]:
     if results.exists():
         return json.loads(results.read_text())
     names = ["policy-start", *(f"policy-{name}" for name in config.rl), *(f"rm-{name}" for name in config.rm)]
+    names += [f"online-{name}" for name in config.rl]
     paths = {name: folder / "eval" / f"{name}.json" for name in names}
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 

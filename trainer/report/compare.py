@@ -1,35 +1,73 @@
-"""Several runs of one configuration (seeds) in one table: mean and sample standard deviation of every evaluation."""
+"""Several runs of one configuration (seeds) in tables: mean and sample standard deviation of every evaluation."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
+from typing import NamedTuple
+
+TITLES = {"policy-": "policy", "rm-": "reward model", "online-": "reward model after online updates"}
+
+
+class Measure(NamedTuple):
+    """One of the numbers that reward models are compared by in short; `levels` are others of its kind, for scale."""
+
+    key: str
+    title: str
+    levels: dict[str, str]
 
 
 def compare(runs: Sequence[Path]) -> str:
-    """Markdown: one table of policies, one of reward models. All runs must hold the same models."""
-    results = [_results(run) for run in runs]
+    """Markdown: reward models in short, then all numbers of every model. All runs must hold the same models."""
+    results = read_results(runs)
+    parts = [_short(results)] if reward_models(results) else []
+    for kind, title in TITLES.items():
+        rows = {name.removeprefix(kind): _of(results, name) for name in results[0] if name.startswith(kind)}
+        if rows:
+            parts.append(_full(title, rows))
+    return "\n\n".join(parts)
+
+
+def read_results(runs: Sequence[Path]) -> list[dict]:
+    """eval/results.json of every run. ValueError unless all evaluated the same models."""
+    results = [_read(run) for run in runs]
     names = list(results[0])
     for run, result in zip(runs, results, strict=True):
         if list(result) != names:
             raise ValueError(f"{run} evaluated {', '.join(result)}; {runs[0]} evaluated {', '.join(names)}")
-    parts = []
-    for kind in ("policy-", "rm-"):
-        rows = {
-            name.removeprefix(kind): [_flat(result[name]) for result in results]
-            for name in names
-            if name.startswith(kind)
-        }
-        if rows:
-            parts.append(_table("policy" if kind == "policy-" else "reward model", rows))
-    return "\n\n".join(parts)
+    return results
 
 
-def _results(run: Path) -> dict:
+def reward_models(results: Sequence[dict]) -> dict[str, list[dict[str, float]]]:
+    """{name: its numbers in every run}; those updated online are called "<policy run>, online"."""
+    offline = {name.removeprefix("rm-"): _of(results, name) for name in results[0] if name.startswith("rm-")}
+    online = [name for name in results[0] if name.startswith("online-")]
+    return offline | {f"{name.removeprefix('online-')}, online": _of(results, name) for name in online}
+
+
+def short_measures(keys: Iterable[str]) -> list[Measure]:
+    """Those of `keys` that reward models are compared by in short."""
+    found = [
+        Measure(f"localisation {style}/process f1_oracle", f"step F1, {title}", {})
+        for style, title in (("train", "made errors"), ("sampled", "own errors"), ("terse", "another format"))
+    ]
+    levels = {"candidate_credit chance": "chance", "candidate_credit policy": "policy's argmax"}
+    found.append(Measure("candidate_credit reward_model", "candidate credit", levels))
+    for n in dict.fromkeys(key.split()[1] for key in keys if key.startswith("best_of_n")):
+        levels = {f"best_of_n {n} {way}": title for way, title in (("average", "one at random"), ("majority", "vote"))}
+        found.append(Measure(f"best_of_n {n} best:vbar", f"best of {n}", levels))
+    return [measure for measure in found if measure.key in keys]
+
+
+def _read(run: Path) -> dict:
     path = run / "eval" / "results.json"
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist: run `ipvrm eval` for {run} first")
     return json.loads(path.read_text())
+
+
+def _of(results: Sequence[dict], name: str) -> list[dict[str, float]]:
+    return [_flat(result[name]) for result in results]
 
 
 def _flat(result: dict, prefix: str = "") -> dict[str, float]:
@@ -39,17 +77,31 @@ def _flat(result: dict, prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def _table(title: str, rows: dict[str, list[dict[str, float]]]) -> str:
-    """Measures are lines and models are columns: there are many measures and few models."""
-    measures = list(next(iter(rows.values()))[0])
-    lines = [f"| {title} | {' | '.join(rows)} |", f"| --- |{' --- |' * len(rows)}"]
-    for measure in measures:
-        cells = [_cell([run[measure] for run in runs if measure in run]) for runs in rows.values()]
-        lines.append(f"| {measure} | {' | '.join(cells)} |")
+def _keys(rows: dict[str, list[dict[str, float]]]) -> list[str]:
+    """All measures of any model, in order of appearance: a value head has no candidate credit, others have."""
+    return list(dict.fromkeys(key for runs in rows.values() for run in runs for key in run))
+
+
+def _short(results: Sequence[dict]) -> str:
+    """One line a model."""
+    rows = reward_models(results)
+    measures = short_measures(_keys(rows))
+    lines = [f"| reward model | {' | '.join(m.title for m in measures)} |", f"| --- |{' --- |' * len(measures)}"]
+    lines += [f"| {name} | {' | '.join(_cell(runs, m.key) for m in measures)} |" for name, runs in rows.items()]
     return "\n".join(lines)
 
 
-def _cell(values: list[float]) -> str:
+def _full(title: str, rows: dict[str, list[dict[str, float]]]) -> str:
+    """Measures are lines and models are columns: there are many measures and few models."""
+    lines = [f"| {title} | {' | '.join(rows)} |", f"| --- |{' --- |' * len(rows)}"]
+    lines += [f"| {key} | {' | '.join(_cell(runs, key) for runs in rows.values())} |" for key in _keys(rows)]
+    return "\n".join(lines)
+
+
+def _cell(runs: Sequence[dict[str, float]], key: str) -> str:
+    values = [run[key] for run in runs if run.get(key) is not None]
+    if not values:
+        return "–"
     digits = 3 if max(abs(value) for value in values) < 10 else 0
     spread = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
     return f"{mean(values):.{digits}f}{spread}"

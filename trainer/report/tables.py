@@ -70,16 +70,25 @@ def method(config: Config, name: str) -> str:
     return f"{kind}, rm.{rl.reward_model.name}, α = {settings.alpha:g}, {estimator} × {settings.gae_coef:g}"
 
 
-def reward_models(run: Run) -> list[tuple[str, dict, dict]]:
-    """(name, {format: {protocol: numbers}}, candidate credit) per evaluated reward model."""
+def reward_models(run: Run) -> list[dict]:
+    """{"name", "formats": {format: {protocol: numbers}}, "credit", "best_of_n": {N: {way: share}}} of every one."""
     rows = []
     for key, result in run.evaluation.items():
-        if key.startswith("rm-"):
-            formats: dict[str, dict] = {}
-            for cell, numbers in result["localisation"].items():
-                style, protocol = cell.split("/")
-                formats.setdefault(style, {})[protocol] = numbers
-            rows.append((key.replace("rm-", "rm.", 1), formats, result.get("candidate_credit", {})))
+        kind, _, name = key.partition("-")
+        if kind not in ("rm", "online"):
+            continue
+        formats: dict[str, dict] = {}
+        for cell, numbers in result.get("localisation", {}).items():
+            style, protocol = cell.split("/")
+            formats.setdefault(style, {})[protocol] = numbers
+        rows.append(
+            {
+                "name": f"rm.{name}" if kind == "rm" else f"rl.{name}, its reward model",
+                "formats": formats,
+                "credit": result.get("candidate_credit"),
+                "best_of_n": result.get("best_of_n", {}),
+            }
+        )
     return rows
 
 
