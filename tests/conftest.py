@@ -1,10 +1,31 @@
 """Shared by the trainer's tests: an experiment of a size that a test can afford."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from ipvrm_core.trainer.config import check
+from ipvrm_core.trainer.config import Chats, ConfigError, check, load
 from ipvrm_core.trainer.data.tasks import ChainTask
+from tests.chats import write
+
+
+@pytest.fixture
+def base() -> Path:
+    """A configuration with every phase."""
+    return Path(__file__).parent / "base.toml"
+
+
+@pytest.fixture
+def refused(base):
+    """refused(*overrides) -> the message."""
+
+    def message(*overrides: str) -> str:
+        with pytest.raises(ConfigError) as caught:
+            load(base, list(overrides))
+        return str(caught.value)
+
+    return message
 
 
 @pytest.fixture
@@ -56,5 +77,27 @@ def tiny_model(tiny_config):
                 if parameter.dim() == 2:
                     parameter.mul_(scale)
         return model.eval()
+
+    return make
+
+
+@pytest.fixture
+def source(tmp_path):
+    """make(rows, **settings) -> Chats of a file with these rows, parquet or jsonl."""
+
+    def make(rows: list[dict], kind: str = "pointwise", suffix: str = ".jsonl", **settings) -> Chats:
+        return Chats(path=write(tmp_path / f"chats{suffix}", rows), kind=kind, **settings)
+
+    return make
+
+
+@pytest.fixture
+def experiment_of(tiny_experiment, source):
+    """make(rows, kind, data settings, **settings of the reward model) -> Experiment with rm.x"""
+
+    def make(rows, kind="pointwise", data=None, **settings):
+        chats = source(rows, kind, **(data or {})).model_dump()
+        values = {"steps": 6, "batch": 8, "optim": {"lr": 1e-2}, "validate_every": 2, **settings}
+        return tiny_experiment(rm={"x": {"data": chats, **values}}, checkpoint_every=2)
 
     return make

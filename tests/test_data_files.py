@@ -141,7 +141,7 @@ def test_overlap_ignores_case_and_punctuation_but_not_signs():
         Example("y", "1-2?", ""),
         Example("z", "How many pears?", ""),
     ]
-    assert overlap(train, test) == [("a", "x")]
+    assert overlap(train, test) == {0: [0]}
 
 
 def shared(name: str) -> Path:
@@ -200,7 +200,7 @@ def test_no_math500_problem_is_in_the_math_training_answers():
     )
     test = load_examples(shared("math/math500.jsonl"), columns={"prompt": "problem"})
     assert len(train) == 7470  # of 7474, four have no answer
-    assert overlap(train, test) == []
+    assert overlap(train, test) == {}
     assert len(overlap(test, test)) == 500
 
 
@@ -209,13 +209,13 @@ def test_overlap_sees_through_instructions():
     problem = "Ann has three apples and buys two more pears."
     asked = f"Solve it.\n\n{problem} How many?\n\nPut the answer in a box."
     found = overlap([Example("a", problem, "")], [Example("x", asked, ""), Example("y", problem[:-2], "")])
-    assert found == [("a", "x")]
-    assert overlap([Example("a", asked, "")], [Example("x", problem, "")]) == [("a", "x")]
-    assert overlap([Example("a", "Solve: how many apples?", "")], [Example("x", "how many apples", "")]) == []
+    assert found == {0: [0]}
+    assert overlap([Example("a", asked, "")], [Example("x", problem, "")]) == {0: [0]}
+    assert overlap([Example("a", "Solve: how many apples?", "")], [Example("x", "how many apples", "")]) == {}
     chat = ({"role": "system", "content": "Think."}, {"role": "user", "content": "how many apples"})
-    assert overlap([Example("a", chat, "")], [Example("x", "How many apples?", "")]) == [("a", "x")]
+    assert overlap([Example("a", chat, "")], [Example("x", "How many apples?", "")]) == {0: [0]}
     twice = [Example("a", "other words", ""), Example("b", problem, ""), Example("c", problem, "")]
-    assert overlap(twice, [Example("x", problem, "")]) == [("b", "x")]
+    assert overlap(twice, [Example("x", problem, "")]) == {0: [1, 2]}
 
 
 @pytest.mark.parametrize(
@@ -223,6 +223,7 @@ def test_overlap_sees_through_instructions():
     [
         ("gsm8k/test.jsonl", "processbench/gsm8k.json", 400),  # every one of them
         ("gsm8k/train.jsonl", "processbench/gsm8k.json", 0),
+        ("math/train_with_solutions.json", "processbench/math.json", 2),
         ("math/math500.jsonl", "policy_val/val.parquet", 487),  # 13 are too short to be seen within their instruction
     ],
 )

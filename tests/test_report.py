@@ -15,7 +15,7 @@ pytest.importorskip("jinja2")
 pytest.importorskip("pydantic")
 
 from ipvrm_core.trainer import config as configuration
-from ipvrm_core.trainer.report import build, tables
+from ipvrm_core.trainer.report import build, reliability, tables
 from ipvrm_core.trainer.report.collect import collect
 from ipvrm_core.trainer.report.compare import compare
 from ipvrm_core.trainer.report.compare_plot import draw
@@ -25,6 +25,13 @@ from ipvrm_core.trainer.report.plots import smooth, window
 DEMO = Path(__file__).parents[1] / "trainer" / "configs" / "demo.toml"
 PROTOCOLS = ("train/process", "train/prefix", "terse/process", "terse/prefix")
 STEPS = 40
+BINS = {  # sigma is right on average in the first place, too sure in the last
+    "25": [{"low": 0.4, "high": 0.5, "count": 40, "predicted": 0.45, "right": 0.45}],
+    "100": [
+        {"low": 0.1, "high": 0.2, "count": 30, "predicted": 0.15, "right": 0.25},
+        {"low": 0.9, "high": 1.0, "count": 10, "predicted": 0.95, "right": 0.55},
+    ],
+}
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +69,7 @@ def reward_model(run: Path, name: str, finished: bool = True) -> None:
     for step in range(9, STEPS, 10):
         rows[step] |= {"held_out_auc": 0.6 + step / 200, "held_out_auc_sum": 0.61 + step / 200}
     write_metrics(run / "rm" / name, rows, finished)
+    write_json(run / "rm" / name / "calibration.json", {"step": STEPS, "percent_of_answer": BINS})
 
 
 def policy(run: Path, name: str, with_model: bool) -> None:
@@ -216,6 +224,29 @@ def test_every_picture_is_also_a_png(whole):
     assert not list(folder.glob(".*"))
 
 
+def test_reliability_by_hand(tmp_path):
+    """ECE: 0 and 30/40 * 0.1 + 10/40 * 0.4 = 0.175. Points and bars stand where the numbers say."""
+    figure = reliability.figure("rm.ipvrm", BINS)
+    upper, lower = figure.axes
+    lines = {line.get_label(): line.get_xydata().tolist() for line in upper.lines}
+    assert lines == {
+        "calibrated": [[0, 0], [1, 1]],
+        "after 25 %: ECE 0.000": [[0.45, 0.45]],
+        "after 100 %: ECE 0.175": [[0.15, 0.25], [0.95, 0.55]],
+    }
+    bars = [(bar.get_x() + bar.get_width() / 2, bar.get_height()) for bar in lower.patches]
+    assert [(round(x, 2), height) for x, height in bars] == [(0.43, 40), (0.17, 30), (0.97, 10)]  # side by side
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == list(lines)
+
+
+def test_reliability_is_on_the_page(config, whole):
+    text = whole.read_text()
+    for name in config.rm:
+        assert text.count(f'aria-label="rm.{name}: reliability of σ(v̄ₜ)"') == 1
+        assert (whole.parent / f"rm-{name}-reliability.png").exists()
+    assert "after 100 %: ECE 0.175" in text
+
+
 def test_same_run_gives_the_same_page(config, tmp_path):
     sft(tmp_path)
     assert build(config, tmp_path).read_bytes() == build(config, tmp_path).read_bytes()
@@ -268,6 +299,21 @@ def test_run_without_steps_or_tasks(tmp_path):
     assert "Supervised" not in text
     assert "all steps" not in text
     assert "avg@4" in text
+
+
+def test_reward_models_on_chats_without_policies(tmp_path):
+    """Nothing is evaluated, and the page says what was trained on."""
+    chats = {"path": "x.parquet", "kind": "pointwise"}
+    rm = {"a": {"data": chats}, "b": {"data": {**chats, "validation_path": "v.parquet"}}, "c": {"data": chats}}
+    config = configuration.check({"name": "r", "model": {"path": "a/b"}, "rm": rm})
+    reward_model(tmp_path, "a")
+    write_json(tmp_path / "eval" / "results.json", {})
+    text = build(config, tmp_path).read_text()
+    assert "<p>a/b, float32. Trained on x.parquet (rm.a, rm.c), x.parquet, validated on v.parquet (rm.b).</p>" in text
+    assert "<h2>Results</h2>" not in text
+    assert "rm.b has not been run" in text
+    assert "rm.a: reliability" in text
+    assert "rm.b: reliability" not in text
 
 
 def test_names_are_escaped_and_the_folders_own_configuration_counts(config, tmp_path):

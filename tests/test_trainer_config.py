@@ -1,65 +1,20 @@
 """What a configuration may contain: everything else is refused with the key and what came."""
 
 import json
+import re
 import tomllib
-import types
-import typing
 from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 
 from ipvrm_core.presets import PRESETS, Preset
-from ipvrm_core.trainer import cli
-from ipvrm_core.trainer.config import Config, ConfigError, Section, check, load
+from ipvrm_core.trainer.config import Chats, ConfigError, check, load
+from ipvrm_core.trainer.pipeline import jobs_of
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "trainer" / "configs").glob("*.toml"))
-BASE = """
-name = "base"
-model.scratch = { hidden_size = 128, layers = 2 }
-data = { task = "chain", task_args = { min_ops = 4, max_ops = 8 } }
-test = { task = "chain", task_args = { min_ops = 4, max_ops = 8 } }
-verifier.kind = "exact"
-generation = { max_new_tokens = 64, batch = 512 }
-sft = { steps = 190, batch = 128, optim = { lr = 2e-3, warmup = 10 } }
-rollout = { prompts = 2048, samples = 8, held_out = 128, batch = 64 }
-eval = { prompts = 512, samples = 8 }
-
-[rm.ipvrm]
-objective = "ipvrm"
-args = { beta = 10.0, margin = 5.0 }
-
-[rm.implicit_prm]
-objective = "implicit_prm"
-
-[rl.grpo]
-method = { prompts = 64, keep_prompts = 32, rollouts = 8 }
-
-[rl.distrl]
-method = { prompts = 64, keep_prompts = 32, rollouts = 8, alpha = 1.0, gae_coef = 0.0 }
-reward_model = { name = "ipvrm", update = "before", optim = { lr = 1e-4 } }
-"""
 TASK = {"task": "chain", "task_args": {"min_ops": 1, "max_ops": 2}}
 LEAST = {"model": {"scratch": {}}, "data": TASK, "test": TASK}
-
-
-@pytest.fixture
-def base(tmp_path) -> Path:
-    path = tmp_path / "base.toml"
-    path.write_text(BASE)
-    return path
-
-
-@pytest.fixture
-def refused(base):
-    """refused(*overrides) -> the message."""
-
-    def message(*overrides: str) -> str:
-        with pytest.raises(ConfigError) as caught:
-            load(base, list(overrides))
-        return str(caught.value)
-
-    return message
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -163,10 +118,80 @@ def test_every_offending_key_is_named_at_once(refused):
     assert all(key in message for key in ("sft.steps", "nonsense", "eval.prompts"))
 
 
-@pytest.mark.parametrize("missing", ["model", "data", "test"])
-def test_missing_section(missing):
-    with pytest.raises(ConfigError, match=rf"\b{missing}: Field required"):
-        check({name: value for name, value in LEAST.items() if name != missing})
+def test_missing_model():
+    with pytest.raises(ConfigError, match=r"\bmodel: Field required"):
+        check({"data": TASK, "test": TASK})
+
+
+# ---- runs that only train reward models on chats
+
+CHATS = {"path": "a.jsonl", "kind": "pointwise"}
+ON_CHATS = {"model": {"path": "some/model"}, "rm": {"x": {"data": CHATS}}}
+FILE = {"path": "b.jsonl", "solution_column": "s"}
+
+
+def test_reward_models_on_chats_need_neither_data_nor_test():
+    config = check(ON_CHATS)
+    assert (config.data, config.test, config.task) == (None, None, None)
+    assert [job.key for job in jobs_of(config)] == ["rm.x", "eval", "report"]
+
+
+@pytest.mark.parametrize(
+    ("given", "missing", "reader"),
+    [
+        ({"sft": {}}, "data", "sft"),
+        ({"sft": {"data": FILE, "stop_accuracy": 0.5}}, "data", "sft"),
+        ({"sft": {"data": FILE}}, "test", "sft"),
+        ({"rollout": {}}, "data", "rollout"),
+        ({"rollout": {}, "data": FILE}, "test", "rollout"),
+        ({"rl": {"grpo": {}}}, "data", "rl"),
+        ({"rl": {"grpo": {}}, "data": FILE}, "test", "rl"),
+        ({"rm": {"x": {"data": CHATS, "experts": 2}}}, "data", "rm.<name>.experts"),
+        ({"model": {"scratch": {}}}, "data", "model.scratch"),
+        ({"data": TASK}, "test", "the built-in task"),
+        ({"eval": {"benchmarks": {"b": FILE}}}, "test", "eval.benchmarks"),
+        ({"eval": {"rank_prompts": 3}}, "test", "eval.rank_prompts"),
+        ({"eval": {"best_of_n": [4]}}, "test", "eval.best_of_n"),
+        ({"rm": {}}, "test", "the evaluation"),
+    ],
+)
+def test_what_reads_a_missing_section_is_named(given, missing, reader):
+    with pytest.raises(ConfigError) as caught:
+        check({**ON_CHATS, **given})
+    (named,) = re.findall(r"\[(\w+)\] is missing; needed by (.*)", str(caught.value))
+    assert named[0] == missing
+    assert reader in named[1]
+
+
+def test_experts_without_evaluation():
+    assert check({**ON_CHATS, "data": FILE, "rm": {"x": {"data": CHATS, "experts": 2}}}).test is None
+
+
+def test_a_file_for_validation_replaces_the_share():
+    data = (
+        check({**ON_CHATS, "rm": {"x": {"data": {**CHATS, "validation_path": "v.parquet", "limit": 5}}}}).rm["x"].data
+    )
+    assert (data.validation, data.validates) == (0, True)
+    assert data.of_validation().model_dump() == {**Chats(**CHATS, validation=0).model_dump(), "path": "v.parquet"}
+    assert (
+        check({**ON_CHATS, "rm": {"x": {"data": data.model_dump(), "stop_metric": "held_out_auc"}}}).rm["x"].data
+        == data
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"validation_path": "v.jsonl", "validation": 0.1}, "validation must be 0 or left out .*; got 0.1"),
+        ({"validation_path": "some/set"}, r"must be a .jsonl, .json, .parquet file; got 'some/set'"),
+    ],
+)
+def test_a_file_for_validation_that_cannot_be(given, says):
+    with pytest.raises(ConfigError, match=rf"rm\.x\.data: .*{says}"):
+        check({**ON_CHATS, "rm": {"x": {"data": {**CHATS, **given}}}})
+
+
+# ---- combinations
 
 
 @pytest.mark.parametrize(
@@ -250,53 +275,6 @@ def test_bfloat16_is_possible_with_and_without_lora(base):
     assert load(base, ["model.dtype=bfloat16", "model.lora={}"]).model.lora.rank == 128
 
 
-# ---- overrides
-
-
-@pytest.mark.parametrize(
-    ("override", "read"),
-    [
-        ("sft.steps=7", lambda c: c.sft.steps == 7),
-        ("sft.optim.lr=2.5e-4", lambda c: c.sft.optim.lr == 2.5e-4),
-        ("wandb=true", lambda c: c.wandb is True),
-        ("name=other", lambda c: c.name == "other"),  # a bare word
-        ('name="two words"', lambda c: c.name == "two words"),
-        ("name=a=b", lambda c: c.name == "a=b"),  # the first = separates
-        ("name=", lambda c: c.name == ""),
-        ("sft.optim.betas=[0.8, 0.95]", lambda c: c.sft.optim.betas == (0.8, 0.95)),
-        ("data.task_args={min_ops = 2, max_ops = 3}", lambda c: c.data.task_args == {"min_ops": 2, "max_ops": 3}),
-        ("rl.new.steps=3", lambda c: c.rl["new"].steps == 3),  # a new table
-        ("rm.ipvrm.args.margin=1.5", lambda c: c.rm["ipvrm"].build().margin == 1.5),
-        ("rl.distrl.method.dual_clip=3", lambda c: c.rl["distrl"].resolved().dual_clip == 3.0),
-    ],
-)
-def test_overrides(override, read, base):
-    assert read(load(base, [override]))
-
-
-def test_later_overrides_win(base):
-    assert load(base, ["sft.steps=7", "sft.steps=8"]).sft.steps == 8
-
-
-@pytest.mark.parametrize("override", ["sft.steps", "=7", ""])
-def test_bad_overrides(override, refused):
-    assert f"got {override!r}" in refused(override)
-
-
-def test_an_override_inside_a_value(refused):
-    message = refused("name.first=x")
-    assert "name.first=x" in message
-    assert "not a table" in message
-
-
-def test_a_file_that_is_missing_or_is_no_toml(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
-        load(tmp_path / "nowhere.toml")
-    (tmp_path / "broken.toml").write_text("steps = = 3")
-    with pytest.raises(ConfigError, match=r"broken\.toml"):
-        load(tmp_path / "broken.toml")
-
-
 # ---- presets
 
 
@@ -336,150 +314,3 @@ def test_values_of_another_kind_are_not_converted(refused, word):
 
 def test_a_beta_for_the_policy_run_is_refused(refused):
     assert "method.beta belongs to the reward model" in refused("rl.distrl.method.beta=5.0")
-
-
-# ---- the resolved configuration
-
-
-def test_resolved_configuration_survives_json(base):
-    config = load(base, ["rl.distrl.preset=official", "rl.distrl.optim.betas=[0.5, 0.6]"])
-    text = config.model_dump_json()
-    assert Config.model_validate_json(text) == config
-    assert check(json.loads(text)) == config
-    assert json.loads(text)["rl"]["distrl"]["method"]["top_k"] == 5  # what runs, not what was written
-
-
-def test_experiment_writes_it_once(tiny_experiment, tiny_config, tmp_path):
-    from ipvrm_core.trainer.experiment import Experiment
-
-    tiny_experiment(rollout={"prompts": 8, "held_out": 2}, rm={"a": {}}, rl={"b": {"reward_model": {"name": "a"}}})
-    path = tmp_path / "run" / "config.json"
-    assert check(json.loads(path.read_text())) == tiny_config(
-        rollout={"prompts": 8, "held_out": 2}, rm={"a": {}}, rl={"b": {"reward_model": {"name": "a"}}}
-    )
-    before = path.read_text()
-    with pytest.raises(ConfigError, match=r"\(differing: .*eval\.prompts.*\)"):
-        Experiment(tiny_config(eval={"prompts": 3}), tmp_path / "run")
-    assert path.read_text() == before
-
-
-# ---- the command line
-
-
-def _leaves(section: type[Section], prefix: str = "") -> list[str]:
-    """Every key that holds a value, found from the annotations alone."""
-    keys = []
-    for name, field in section.model_fields.items():
-        is_table = typing.get_origin(field.annotation) is dict
-        nested = [kind for kind in _flat(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
-        if nested:
-            keys += _leaves(nested[0], f"{prefix}{name}.{'<name>.' if is_table else ''}")
-        else:
-            keys.append(f"{prefix}{name}")
-    return keys
-
-
-def _flat(annotation) -> list:
-    return [annotation] + [
-        kind
-        for part in typing.get_args(annotation)
-        if isinstance(part, type | types.UnionType | types.GenericAlias)
-        for kind in _flat(part)
-    ]
-
-
-def test_config_lists_every_key(capsys):
-    assert cli.main(["config"]) == 0
-    listed = [line.split(":")[0] for line in capsys.readouterr().out.splitlines() if line and line[0] != "["]
-    expected = _leaves(Config)
-    assert len(expected) > 80
-    assert {"rm.<name>.optim.lr", "rl.<name>.reward_model.optim.lr", "model.lora.rank"} <= set(expected)
-    assert sorted(listed) == sorted(expected)
-
-
-def test_config_tells_type_default_and_meaning(capsys):
-    cli.main(["config"])
-    lines = {line.split(":")[0]: line for line in capsys.readouterr().out.splitlines()}
-    assert "default 0.6" in lines["eval.temperature"]
-    assert "k of avg@k" in lines["eval.samples"]
-    assert "required" in lines["rl.<name>.reward_model.name"]
-
-
-COMMANDS = ("sft", "rollout", "train-rm", "distrl", "eval", "run", "report", "config")
-
-
-@pytest.mark.parametrize("words", [[], *([command] for command in COMMANDS)], ids=lambda words: " ".join(words) or "-")
-def test_help(words, capsys):
-    with pytest.raises(SystemExit) as caught:
-        cli.main([*words, "--help"])
-    assert caught.value.code == 0
-    text = capsys.readouterr().out
-    assert text.startswith("usage: ipvrm")
-    if not words:
-        assert all(command in text for command in COMMANDS)
-    elif words != ["config"]:
-        assert "--run" in text
-        assert "--resume" in text
-
-
-@pytest.mark.parametrize(
-    ("words", "parts"),
-    [
-        (["train-rm", "--name", "nope"], ["--name", "ipvrm", "implicit_prm", "'nope'"]),
-        (["distrl", "--name", "nope"], ["--name", "grpo", "distrl", "'nope'"]),
-        (["rollout", "sft.steps=0"], ["sft.steps", "got 0"]),
-        (["run", "--jobs", "0"], ["--jobs", "got 0"]),
-        (["rollout"], ["sft/model", "does not exist"]),
-        (["train-rm"], ["rollout"]),
-    ],
-)
-def test_mistakes_on_the_command_line_end_with_status_2(words, parts, base, tmp_path, capsys):
-    command, *more = words
-    options = [word for word in more if "=" not in word]
-    overrides = [word for word in more if "=" in word]
-    assert cli.main([command, str(base), *overrides, *options, "--run", str(tmp_path / "run")]) == 2
-    message = capsys.readouterr().err
-    assert message.startswith(f"ipvrm {command}: ")
-    assert all(part in message for part in parts), message
-    assert "Traceback" not in message
-
-
-def test_run_refuses_a_folder_that_is_not_empty(base, tmp_path, capsys):
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "notes.txt").write_text("mine")
-    assert cli.main(["run", str(base), "--run", str(tmp_path / "run")]) == 2
-    assert "--resume" in capsys.readouterr().err
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
-
-
-def test_the_resolved_file_takes_no_overrides(base, tmp_path, capsys):
-    path = tmp_path / "config.json"
-    path.write_text(load(base).model_dump_json())
-    assert cli.main(["sft", str(path), "sft.steps=3", "--run", str(tmp_path / "run")]) == 2
-    assert "override" in capsys.readouterr().err
-
-
-def test_a_bare_name_is_a_shipped_configuration():
-    assert load("demo").rl.keys() == {"grpo", "grpo_ipvrm", "distrl"}
-    with pytest.raises(ConfigError, match=r"one of demo, .*got nothing_of_the_kind"):
-        load("nothing_of_the_kind")
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["sft", "demo", "--run", "r", "seed=3", "name=x"],
-        ["sft", "demo", "seed=3", "--run", "r", "name=x"],
-        ["sft", "demo", "seed=3", "name=x", "--run", "r", "--resume"],
-    ],
-)
-def test_overrides_may_stand_anywhere(words):
-    options = cli._parse(words)
-    assert (options.config, options.overrides) == ("demo", ["seed=3", "name=x"])
-
-
-@pytest.mark.parametrize("words", [["sft", "demo", "--run", "r", "--sed=3"], ["config", "seed=3"]])
-def test_words_that_nothing_takes_are_refused(words, capsys):
-    with pytest.raises(SystemExit):
-        cli._parse(words)
-    assert "unrecognized" in capsys.readouterr().err

@@ -114,7 +114,7 @@ def _with_experiment(options, function) -> None:
     experiment = Experiment(config, options.run)
     try:
         if options.command in TRAINING:
-            guard(experiment)
+            guard(config, options.run)
         function(experiment)
     finally:
         experiment.close()
@@ -171,7 +171,8 @@ def _run(options) -> None:
     config = _load(options)
     if options.run.exists() and any(options.run.iterdir()) and not options.resume:
         raise ConfigError(f"{options.run} is not empty; pass --resume to go on, or take another --run folder")
-    guard(Experiment(config, options.run))
+    Experiment(config, options.run)  # keeps config.json
+    guard(config, options.run)
     pipeline.run(config, options.run, options.jobs)
 
 

@@ -13,6 +13,7 @@ from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.sources import read_source
 from ipvrm_core.trainer.data.tasks import make_task
 from ipvrm_core.trainer.files import write_text
+from ipvrm_core.trainer.leakage import left_out
 from ipvrm_core.trainer.prompts import encode_prompt
 from ipvrm_core.trainer.seeds import epoch_slice, stable_seed
 from ipvrm_core.trainer.verify import make_verifier
@@ -61,7 +62,7 @@ class Experiment:
     def task(self):
         """The built-in task of the training data, or None."""
         source = self.config.data
-        return make_task(source.task, **source.task_args) if source.task else None
+        return make_task(source.task, **source.task_args) if source and source.task else None
 
     @cached_property
     def _rows(self) -> dict[str, list[Example]]:
@@ -73,12 +74,20 @@ class Experiment:
         Streams ("sft", "rollout", "rl") are independent orders: a built-in task draws other problems for each, a
         file is walked in another shuffled order, epoch after epoch.
         """
-        source = self.config.sft.data if stream == "sft" and self.config.sft.data else self.config.data
+        own = stream == "sft" and self.config.sft.data
+        source = own or self.config.data
         seed = stable_seed(self.config.seed, "data", stream)
         if source.task:
             return make_task(source.task, **source.task_args).examples(seed, "train", start, count)
-        rows = self._read(source)
+        rows = self._training_rows("sft.data" if own else "data", source)
         return [rows[index] for index in epoch_slice(len(rows), start, count, seed)]
+
+    def _training_rows(self, key: str, source: Source) -> list[Example]:
+        """What leakage.action leaves of a file."""
+        if key not in self._rows:
+            out = left_out(self.config, self.run, key)
+            self._rows[key] = [example for example in self._read(source) if example.id not in out]
+        return self._rows[key]
 
     def test_examples(self, count: int) -> list[Example]:
         """The first `count` test examples, the same for every seed of a built-in task."""

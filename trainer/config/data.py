@@ -1,11 +1,13 @@
 """Where prompts, answers and chats come from."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from ipvrm_core.trainer.benchmarks import PRESETS, preset_settings
 from ipvrm_core.trainer.config.base import Positive, Section
+from ipvrm_core.trainer.data.files import SUFFIXES
 from ipvrm_core.trainer.data.tasks import make_task
 
 
@@ -67,7 +69,34 @@ class Chats(Section):
     validation: Annotated[float, Field(ge=0, lt=1)] = Field(
         0.1, description="share of the prompts whose answers are kept for validation, the same for every seed"
     )
+    validation_path: str | None = Field(
+        None, description="jsonl, json or parquet file of the same columns to validate on, instead of a share of `path`"
+    )
     reference: str | None = Field(
         None, description="name or folder of another reference than the starting policy, of the same vocabulary"
     )
     cache: str | None = Field(None, description="folder for the reference's log-probs; None: RUN/cache")
+
+    @model_validator(mode="after")
+    def _one_validation(self):
+        if self.validation_path is None:
+            return self
+        if self.validation and "validation" in self.model_fields_set:
+            raise ValueError(
+                "validation must be 0 or left out where validation_path is set, which is validated on whole; "
+                f"got {self.validation}"
+            )
+        if Path(self.validation_path).suffix not in SUFFIXES:
+            raise ValueError(f"validation_path must be a {', '.join(SUFFIXES)} file; got {self.validation_path!r}")
+        self.__dict__["validation"] = 0.0  # resolved: what config.json shows is what runs
+        return self
+
+    def of_validation(self) -> "Chats":
+        """How `validation_path` is read: all of it, else as `path` is."""
+        changes = {"path": self.validation_path, "validation_path": None, "config": None, "split": None, "limit": None}
+        return self.model_copy(update=changes)
+
+    @property
+    def validates(self) -> bool:
+        """Whether answers are held out or given for validation."""
+        return bool(self.validation or self.validation_path)

@@ -45,5 +45,7 @@ class Verifier(Section):
 class Leakage(Section):
     """What to do about evaluation problems in the training data; looked for before training starts."""
 
-    action: Literal["refuse", "allow"] = Field("refuse", description="allow: report it and go on")
+    action: Literal["refuse", "allow", "drop"] = Field(
+        "refuse", description="allow: report them and go on; drop: leave them out of the training data"
+    )
     benchmarks: list[Source] = Field([], description="evaluation data besides `test`; only its prompts are read")

@@ -21,8 +21,8 @@ class Config(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     precision: Literal["no", "bf16"] = Field("no", description="bf16: float32 weights, bfloat16 products in the layers")
     model: Model
-    data: Source
-    test: Source
+    data: Source | None = None
+    test: Source | None = None
     verifier: Verifier = Verifier()
     generation: Generation = Generation()
     sft: Sft | None = None
@@ -34,6 +34,32 @@ class Config(Section):
     micro_batch_tokens: Positive = Field(16384, description="padded tokens per forward/backward pass")
     checkpoint_every: Positive = Field(20, description="steps between checkpoints of a training phase")
     wandb: bool = Field(False, description="also log to Weights & Biases (the package must be installed)")
+
+    @property
+    def task(self) -> str | None:
+        """The built-in task of the training data."""
+        return self.data.task if self.data else None
+
+    @model_validator(mode="after")
+    def _sections_are_there(self):
+        """Nothing but reward models on chats of their own can do without data and test."""
+        sft = self.sft is not None
+        phases = {"sft": sft, "rollout": self.rollout is not None, "rl": bool(self.rl)}
+        data = phases | {
+            "sft": sft and (self.sft.data is None or self.sft.stop_accuracy is not None),
+            "rm.<name>.experts": any(rm.experts for rm in self.rm.values()),
+            "model.scratch (its characters)": self.model.scratch is not None,
+        }
+        test = phases | {
+            "the built-in task of [data]": self.task is not None,
+            **{f"eval.{name}": bool(getattr(self.eval, name)) for name in ("benchmarks", "rank_prompts", "best_of_n")},
+            "the evaluation (there are no reward models)": not self.rm,
+        }
+        for name, readers in (("data", data), ("test", test)):
+            found = [reader for reader, reads in readers.items() if reads]
+            if getattr(self, name) is None and found:
+                raise ValueError(f"[{name}] is missing; needed by {', '.join(found)}")
+        return self
 
     @model_validator(mode="after")
     def _phases_fit(self):
@@ -58,16 +84,16 @@ class Config(Section):
                 raise ValueError(f"names of reward models and policy runs become folders; got {name!r}")
         if "start" in self.rl:
             raise ValueError("rl.start must have another name: the evaluation calls the starting policy so")
-        if self.data.task and self.eval.benchmarks:
+        if self.task and self.eval.benchmarks:
             raise ValueError("eval.benchmarks are texts: they need data.path; got a built-in task")
-        if self.data.task and self.test.task != self.data.task:
-            raise ValueError(f"test.task must be data.task = {self.data.task!r}; got {self.test.task!r}")
+        if self.task and self.test.task != self.task:
+            raise ValueError(f"test.task must be data.task = {self.task!r}; got {self.test.task!r}")
         source = self.sft and (self.sft.data or self.data)
         if source and not (source.task or source.solution_column):
             raise ValueError("sft needs demonstrations: set solution_column in sft.data, or in data")
-        if any(rm.experts for rm in self.rm.values()) and not (self.data.task or self.data.solution_column):
+        if any(rm.experts for rm in self.rm.values()) and not (self.task or self.data.solution_column):
             raise ValueError("rm.<name>.experts needs demonstrations: set solution_column in data")
-        if self.model.scratch and not self.data.task:
+        if self.model.scratch and not self.task:
             raise ValueError("model.scratch has the characters of a built-in task: set data.task")
         return self
 
@@ -80,7 +106,7 @@ class Config(Section):
         if rm.data.reference is None:
             return
         used = [key for key, rl in self.rl.items() if rl.reward_model and rl.reward_model.name == name]
-        if used or self.data.task or self.eval.rank_prompts:
+        if used or self.task or self.eval.rank_prompts:
             where = f"rl.{used[0]}" if used else "`ipvrm eval`"
             raise ValueError(
                 f"rm.{name}.data.reference must be left out: {where} takes the starting policy as the reference; "

@@ -62,8 +62,11 @@ class RewardModel(Section):
     def _check_data(self, objective: objectives.Objective) -> None:
         if self.pairing == "none" and objective.pairwise:
             raise ValueError(f"pairing must be 'disjoint' or 'covering' for the pairwise objective {self.objective!r}")
-        if self.stop_metric and self.data and not self.data.validation:
-            raise ValueError(f"stop_metric = {self.stop_metric!r} needs held-out prompts: data.validation must be > 0")
+        if self.stop_metric and self.data and not self.data.validates:
+            raise ValueError(
+                f"stop_metric = {self.stop_metric!r} needs held-out prompts: data.validation must be > 0, or "
+                "data.validation_path be set"
+            )
         log_ratios = objective.head == "vocabulary" and objective.reference
         if self.stop_metric and self.stop_metric.startswith(("held_out_ece", "held_out_accuracy")) and not log_ratios:
             raise ValueError(

@@ -22,6 +22,10 @@ class Chat:
     answer: str
     correct: bool
 
+    @property
+    def id(self) -> str:
+        return f"row {self.row}"
+
 
 def load_chats(source: Chats) -> list[Chat]:
     """All answers in the order of the data; ValueError with the row number (from 0) for anything amiss."""

@@ -14,6 +14,7 @@ from ipvrm_core.trainer.data.example import Example
 _log = logging.getLogger(__name__)
 
 ROLES = ("prompt", "answer", "solution", "id")
+SUFFIXES = (".jsonl", ".json", ".parquet")  # of files; anything else is a name for `datasets`
 
 
 def load_examples(
@@ -104,7 +105,7 @@ def _compiled(answer_pattern: str | None) -> re.Pattern[str] | None:
 
 def read_rows(path_or_name: str | Path, split: str | None, config: str | None) -> Iterable[dict[str, Any]]:
     path = Path(path_or_name)
-    reader = {".jsonl": _jsonl_rows, ".json": _json_rows, ".parquet": _parquet_rows}.get(path.suffix)
+    reader = dict(zip(SUFFIXES, (_jsonl_rows, _json_rows, _parquet_rows), strict=True)).get(path.suffix)
     if reader is None:
         return _hub_rows(str(path_or_name), split, config)
     if split is not None or config is not None:

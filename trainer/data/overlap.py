@@ -10,22 +10,23 @@ WORDS = 8  # a shorter problem must be the whole prompt: a few words prove nothi
 _IGNORED = re.compile(r"[\W_]+")
 
 
-def overlap(train: Iterable[Example], test: Iterable[Example]) -> list[tuple[str, str]]:
-    """(train id, test id) of every test problem that is also in train, letter case and punctuation aside.
+def overlap(train: Iterable[Example], test: Iterable[Example]) -> dict[int, list[int]]:
+    """{index in test: all its indices in train} of the test problems that are also in train, both in ascending order.
 
-    The same when the prompts are equal or, from WORDS words on, when one contains the other: instructions around a
-    problem do not hide it. Of chats the user's messages count. Where train has a problem several times, its first
-    example is named.
+    A problem is the same when the prompts are equal or, from WORDS words on, when one contains the other: instructions
+    around a problem do not hide it. Letter case and punctuation do not count; of chats the user's messages do.
     """
-    train, test = list(train), list(test)
-    seen = {text: i for i, text in reversed(list(enumerate(map(normalised, train))))}
-    train_texts, test_texts = list(seen), [normalised(example) for example in test]
-    found = {j: seen[text] for j, text in enumerate(test_texts) if text in seen}
-    for j, i in _contained(test_texts, train_texts):  # the test problem within a training prompt
-        found[j] = min(found.get(j, seen[train_texts[i]]), seen[train_texts[i]])
-    for i, j in _contained(train_texts, test_texts):  # and the other way round
-        found[j] = min(found.get(j, seen[train_texts[i]]), seen[train_texts[i]])
-    return [(train[found[j]].id, test[j].id) for j in sorted(found)]
+    places: dict[str, list[int]] = {}
+    for i, example in enumerate(train):
+        places.setdefault(normalised(example), []).append(i)
+    train_texts, test_texts = list(places), [normalised(example) for example in test]
+    found = {(j, text) for j, text in enumerate(test_texts) if text in places}
+    found |= {(j, train_texts[i]) for j, i in _contained(test_texts, train_texts)}  # the test problem within a prompt
+    found |= {(j, train_texts[i]) for i, j in _contained(train_texts, test_texts)}  # and the other way round
+    shared: dict[int, list[int]] = {}
+    for j, text in sorted(found):
+        shared.setdefault(j, []).extend(places[text])
+    return {j: sorted(indices) for j, indices in shared.items()}
 
 
 def normalised(example: Example) -> str:

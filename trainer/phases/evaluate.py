@@ -24,8 +24,10 @@ def run(experiment: Experiment, resume: bool = False) -> None:
     with phase_folder(folder, "results.json", resume) as todo:
         if not todo:
             return
-        results = {}
-        for name, job in tqdm(_jobs(experiment).items(), desc="eval", disable=None):
+        results, jobs = {}, _jobs(experiment)
+        if not jobs:
+            tqdm.write("eval: nothing to evaluate: the configuration has no [test]")
+        for name, job in tqdm(jobs.items(), desc="eval", disable=None):
             target = folder / f"{name}.json"
             if not target.exists():
                 experiment.seed("eval", target.name)
@@ -38,7 +40,9 @@ def run(experiment: Experiment, resume: bool = False) -> None:
 def _jobs(experiment: Experiment) -> dict[str, Callable[[], dict]]:
     """policy-<name>; rm-<name> as trained offline; online-<policy run>, its reward model afterwards; rank-<name>."""
     config, run = experiment.config, experiment.run
-    jobs = {"policy-start": partial(_policy, experiment, None)}
+    jobs = {}
+    if config.test:  # reward models on chats alone can do without
+        jobs["policy-start"] = partial(_policy, experiment, None)
     jobs |= {f"policy-{name}": partial(_policy, experiment, run / "rl" / name / "model") for name in config.rl}
     if experiment.task or config.eval.best_of_n:
         own = cache(lambda: sample_own(experiment, experiment.start_policy().eval()))  # made when first asked for

@@ -14,15 +14,8 @@ from ipvrm_core.trainer.files import write_json
 from ipvrm_core.trainer.models import add_value_head
 from ipvrm_core.trainer.optim import apply_step, make_optimizer, vanishing_steps
 from ipvrm_core.trainer.phases.best import Best
-from ipvrm_core.trainer.phases.rm_data import (
-    Labelled,
-    RewardData,
-    expert_rows,
-    from_chats,
-    from_rollouts,
-    other_reference,
-    read_chats,
-)
+from ipvrm_core.trainer.phases.rm_chats import from_chats, other_reference, read_chats
+from ipvrm_core.trainer.phases.rm_data import Labelled, RewardData, expert_rows, from_rollouts
 from ipvrm_core.trainer.phases.rollout import Rollouts
 from ipvrm_core.trainer.phases.training import Training, phase_folder
 from ipvrm_core.trainer.reward import answer_scores, auc, backward_reward_loss, needs_reference, scores

@@ -48,6 +48,7 @@ class Run:
     policies: list[Phase]
     rollout: dict | None
     rollout_note: Note | None
+    calibration: dict[str, dict[str, list[dict]]]  # rm.<name>: reliability bins by percent of an answer
     evaluation: dict[str, dict]  # policy-start, and policy-, rm-, online-<name>, as far as they are there
     evaluation_note: Note | None
     newest: datetime | None  # when the newest file that the report reads was written
@@ -78,6 +79,7 @@ def collect(config: Config, folder: Path) -> Run:
         rollout_note=None
         if summary.exists() or not config.rollout
         else _note(folder, "rollout", "rollout", started=summary.parent.exists()),
+        calibration=_calibration(config, folder),
         evaluation=evaluation,
         evaluation_note=None
         if complete
@@ -111,7 +113,12 @@ def _evaluation(config: Config, folder: Path) -> dict[str, dict]:
     return {name: json.loads(path.read_text()) for name, path in paths.items() if path.exists()}
 
 
+def _calibration(config: Config, folder: Path) -> dict[str, dict[str, list[dict]]]:
+    paths = {f"rm.{name}": folder / "rm" / name / "calibration.json" for name in config.rm}
+    return {key: json.loads(path.read_text())["percent_of_answer"] for key, path in paths.items() if path.exists()}
+
+
 def _newest(folder: Path) -> datetime | None:
-    patterns = ("config.json", "sft/metrics.jsonl", "rollout/summary.json", "r[ml]/*/metrics.jsonl", "eval/*.json")
+    patterns = ("config.json", "sft/metrics.jsonl", "rollout/summary.json", "r[ml]/*/*.json*", "eval/*.json")
     times = [path.stat().st_mtime for pattern in patterns for path in folder.glob(pattern)]
     return datetime.fromtimestamp(max(times), UTC) if times else None

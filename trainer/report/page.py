@@ -11,6 +11,7 @@ from ipvrm_core.trainer.config import Config
 from ipvrm_core.trainer.files import write_text
 from ipvrm_core.trainer.report import panels, plots, tables
 from ipvrm_core.trainer.report.collect import Phase, collect
+from ipvrm_core.trainer.report.reliability import diagram
 
 
 def build(config: Config, run: Path) -> Path:
@@ -29,6 +30,7 @@ def build(config: Config, run: Path) -> Path:
     groups = panels.with_others(name for phase in data.policies for name in phase.names)
     page = environment.get_template("page.html").render(
         run=data,
+        sources=tables.sources(data.config),
         policies=tables.policies(data),
         reward_models=tables.reward_models(data),
         sft_rows=tables.training([data.sft] if data.sft else [], "nll"),
@@ -36,6 +38,7 @@ def build(config: Config, run: Path) -> Path:
         rm_rows=tables.training(data.reward_models, "loss", ("held_out_auc", "held_out_auc_sum")),
         rm_pictures=_curves(data.reward_models, panels.REWARD_MODEL, folder, "rm"),
         rm_legend=_legend(data.reward_models),
+        rm_reliability=[diagram(key, bins, folder) for key, bins in data.calibration.items()],
         rl_pictures={title: _curves(data.policies, group, folder, "rl") for title, group in groups.items()},
         rl_legend=_legend(data.policies),
         cost=tables.cost(data),

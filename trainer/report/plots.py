@@ -117,17 +117,21 @@ def _set_height(figure: Figure, height: float) -> None:
 
 def _save(figure: Figure, folder: Path, name: str, title: str, legend: dict[str, int]) -> Picture:
     """The page has one legend for many pictures, a PNG stands alone and gets its own."""
-    picture = Picture(name, title, _svg(figure, name, title))
+    picture = Picture(name, title, svg_of(figure, name, title))
     handles = [Line2D([], [], linewidth=1.6, **style_of(index)) for index in legend.values()]
     _set_height(figure, HEIGHT + 0.17 * -(-len(handles) // 2) + 0.05)
     figure.legend(handles, list(legend), loc="lower left", ncols=2, frameon=False, fontsize=7, borderaxespad=0)
-    temporary = folder / f".{name}.png.tmp"
-    figure.savefig(temporary, format="png", dpi=160)
-    os.replace(temporary, folder / f"{name}.png")
+    write_png(figure, folder, name)
     return picture
 
 
-def _svg(figure: Figure, name: str, title: str) -> str:
+def write_png(figure: Figure, folder: Path, name: str) -> None:
+    temporary = folder / f".{name}.png.tmp"
+    figure.savefig(temporary, format="png", dpi=160)
+    os.replace(temporary, folder / f"{name}.png")
+
+
+def svg_of(figure: Figure, name: str, title: str) -> str:
     """The <svg> element alone; its ids carry `name`, since many such elements share a page."""
     buffer = io.StringIO()
     with rc_context({"svg.hashsalt": name}):

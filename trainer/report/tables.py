@@ -4,7 +4,7 @@ import statistics
 from dataclasses import dataclass
 from math import sqrt
 
-from ipvrm_core.trainer.config import Config
+from ipvrm_core.trainer.config import Config, Source
 from ipvrm_core.trainer.report.collect import Phase, Run
 from ipvrm_core.trainer.report.plots import window
 
@@ -16,6 +16,28 @@ class Share:
     value: float | None
     change: float | None = None
     clear: bool = False
+
+
+def sources(config: Config) -> str:
+    """What is trained and tested on: "Trained on a.jsonl, tested on b.jsonl; verifier: math." """
+    trained = [_source(config.data)] if config.data else []
+    if config.sft and config.sft.data:
+        trained.append(f"{_source(config.sft.data)} (sft)")
+    chats: dict[str, list[str]] = {}
+    for name, rm in config.rm.items():
+        if rm.data:
+            validated = f", validated on {rm.data.validation_path}" if rm.data.validation_path else ""
+            chats.setdefault(f"{rm.data.path}{validated}", []).append(f"rm.{name}")
+    trained += [f"{files} ({', '.join(names)})" for files, names in chats.items()]
+    text = f"Trained on {', '.join(trained)}" if trained else ""
+    if config.test:
+        text += f"{', tested' if text else 'Tested'} on {_source(config.test)}; verifier: {config.verifier.kind}"
+    return f"{text}."
+
+
+def _source(source: Source) -> str:
+    arguments = ", ".join(f"{key} = {value}" for key, value in source.task_args.items())
+    return f"{source.task} ({arguments})" if arguments else source.task or source.path
 
 
 def policies(run: Run) -> dict:
