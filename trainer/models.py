@@ -73,12 +73,13 @@ def build_scratch(scratch: Scratch, tokenizer) -> nn.Module:
 def load_pretrained(path: str | Path, dtype: str = "float32", gguf_file: str | None = None) -> nn.Module:
     """A causal language model; a GGUF file is dequantised into dense weights that can be trained and saved."""
     from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers.utils import cached_file
 
     settings = {"dtype": getattr(torch, dtype)}
     if not gguf_file:
         model = AutoModelForCausalLM.from_pretrained(path, **settings)
-        saved = Path(path) / VALUE_HEAD
-        if saved.exists():
+        saved = cached_file(path, VALUE_HEAD, _raise_exceptions_for_missing_entries=False)  # folder or hub name
+        if saved:
             add_value_head(model).load_state_dict(load_file(saved))
         return model
     quantization = GgufConfig(dequantize=True)
