@@ -106,7 +106,7 @@ class Config(Section):
         if rm.data.reference is None:
             return
         used = [key for key, rl in self.rl.items() if rl.reward_model and rl.reward_model.name == name]
-        if used or self.task or self.eval.rank_prompts:
+        if used or self.task or self.eval.rank_prompts or self.eval.best_of_n:
             where = f"rl.{used[0]}" if used else "`ipvrm eval`"
             raise ValueError(
                 f"rm.{name}.data.reference must be left out: {where} takes the starting policy as the reference; "
