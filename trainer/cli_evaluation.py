@@ -155,8 +155,6 @@ def _candidates(commands) -> None:
 
 
 def run_candidates(options) -> None:
-    from itertools import islice
-
     from ipvrm_core.trainer.batching import Answer
     from ipvrm_core.trainer.data.files import cell, read_rows
     from ipvrm_core.trainer.evaluation.candidate_statistics import candidate_statistics
@@ -168,7 +166,7 @@ def run_candidates(options) -> None:
     quiet()
     tokenizer, model = load_language_model(options.model, options.dtype, options.device)
     answers = []
-    for index, row in enumerate(islice(read_rows(options.data, None, None), options.limit)):
+    for index, row in enumerate(read_rows(options.data, limit=options.limit)):
         where = f"{options.data}, row {index}"
         text = cell(row, options.text, where)
         steps = text if isinstance(text, list) else [text]

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from ipvrm_core.trainer.config import Chats
@@ -30,7 +29,7 @@ class Chat:
 def load_chats(source: Chats) -> list[Chat]:
     """All answers in the order of the data; ValueError with the row number (from 0) for anything amiss."""
     read = _pointwise if source.kind == "pointwise" else _pairwise
-    rows = islice(read_rows(source.path, source.split, source.config), source.limit)
+    rows = read_rows(source.path, source.split, source.config, source.limit)
     chats = [chat for index, row in enumerate(rows) for chat in read(row, index, source)]
     if not chats:
         raise ValueError(f"{source.path} has no rows")

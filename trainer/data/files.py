@@ -52,7 +52,7 @@ def load_examples(
     pattern = _compiled(answer_pattern)
     source = Path(path_or_name).stem
     examples, dropped = [], 0
-    for index, row in enumerate(islice(read_rows(path_or_name, split, config), limit)):
+    for index, row in enumerate(read_rows(path_or_name, split, config, limit)):
         where = f"{path_or_name}, row {index}"
         if drop_unanswered and "answer" in columns and _is_blank(cell(row, columns["answer"], where)):
             dropped += 1
@@ -103,7 +103,14 @@ def _compiled(answer_pattern: str | None) -> re.Pattern[str] | None:
     return pattern
 
 
-def read_rows(path_or_name: str | Path, split: str | None, config: str | None) -> Iterable[dict[str, Any]]:
+def read_rows(
+    path_or_name: str | Path, split: str | None = None, config: str | None = None, limit: int | None = None
+) -> list[dict[str, Any]]:
+    """The first `limit` rows. All are read before the caller looks at one, so that its errors leave no file open."""
+    return list(islice(_rows(path_or_name, split, config), limit))
+
+
+def _rows(path_or_name: str | Path, split: str | None, config: str | None) -> Iterable[dict[str, Any]]:
     path = Path(path_or_name)
     reader = dict(zip(SUFFIXES, (_jsonl_rows, _json_rows, _parquet_rows), strict=True)).get(path.suffix)
     if reader is None:

@@ -38,10 +38,7 @@ def load_processbench(path: str | Path, limit: int | None = None) -> list[Proble
     order = {name: number for number, name in enumerate(SUBSETS)}
     problems = []
     for file in sorted(files, key=lambda file: order.get(file.stem, len(order))):
-        found = [
-            _problem(row, file.stem, index, f"{file}, row {index}")
-            for index, row in enumerate(read_rows(file, None, None))
-        ]
+        found = [_problem(row, file.stem, index, f"{file}, row {index}") for index, row in enumerate(read_rows(file))]
         seen: dict[str, int] = {}
         for index, problem in enumerate(found):
             if seen.setdefault(problem.id, index) != index:

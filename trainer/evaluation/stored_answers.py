@@ -50,7 +50,7 @@ def read_stored(
     reads.
     """
     found: dict[str, Stored] = {}
-    for index, row in enumerate(read_rows(path, None, None)):
+    for index, row in enumerate(read_rows(path)):
         where = f"{path}, row {index}"
         stored = found.setdefault(as_text(cell(row, problem, where), f"{where}, column {problem!r}"), Stored())
         first = cell(row, correct, where)
