@@ -60,6 +60,7 @@ def sft(run: Path) -> None:
 
 
 def rollout(run: Path) -> None:
+    write_metrics(run / "rollout", [{"tokens": 100}] * 3, finished=False)
     summary = {"prompts": 2048, "answers": 16384, "accuracy": 0.4442, "mixed_prompts": 0.583, "finished": 0.9997}
     write_json(run / "rollout" / "summary.json", {**summary, "verdict_ok": 16301, "verdict_timeout": 83})
 
@@ -178,7 +179,7 @@ def test_whole_run_shows_every_number(config, whole):
     for value in numbers(evaluation(config)):
         shown = f"{100 * value:.1f}" if 0 < value < 1 else number(value)
         assert shown in cells, f"{value} is not on the page as {shown}"
-    cost = ("28.2 s", "0.705", "740")  # sum and median of the seconds, largest memory
+    cost = ("28.2 s", "0.705", "740", "1.6 s", "0.520", "703")  # sum and median of seconds, largest memory; of rollout
     for shown in ("16,384", "44.4", "58.3", "16,301", "83", *cost):
         assert shown in cells
     assert "has not been run" not in text

@@ -14,12 +14,13 @@ from ipvrm_core.trainer.evaluation.reward_model import judge
 from ipvrm_core.trainer.evaluation.token_scores import Scorer
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.files import write_json
+from ipvrm_core.trainer.metrics import MetricsLog
 from ipvrm_core.trainer.phases.training import phase_folder
 from ipvrm_core.trainer.reward import needs_reference
 
 
 def run(experiment: Experiment, resume: bool = False) -> None:
-    """Writes eval/<kind>-<name>.json for every job of `_jobs`, and eval/results.json with all of them."""
+    """Writes eval/<kind>-<name>.json for every job of `_jobs`, eval/results.json with all, a line of metrics each."""
     folder = experiment.run / "eval"
     with phase_folder(folder, "results.json", resume) as todo:
         if not todo:
@@ -27,13 +28,16 @@ def run(experiment: Experiment, resume: bool = False) -> None:
         results, jobs = {}, _jobs(experiment)
         if not jobs:
             tqdm.write("eval: nothing to evaluate: the configuration has no [test]")
-        for name, job in tqdm(jobs.items(), desc="eval", disable=None):
-            target = folder / f"{name}.json"
-            if not target.exists():
-                experiment.seed("eval", target.name)
-                write_json(target, job())
-            results[name] = json.loads(target.read_text())
-            tqdm.write(f"eval {name}: {json.dumps(_short(results[name]))}")
+        files = {name: folder / f"{name}.json" for name in jobs}
+        with MetricsLog(folder, "eval", len(jobs), sum(file.exists() for file in files.values())) as metrics:
+            for number, (name, job) in enumerate(jobs.items(), start=1):
+                if not files[name].exists():
+                    experiment.seed("eval", files[name].name)
+                    result = job()
+                    metrics.log(number)  # its seconds; before the file, as after a kill both are made again
+                    write_json(files[name], result)
+                results[name] = json.loads(files[name].read_text())
+                tqdm.write(f"eval {name}: {json.dumps(_short(results[name]))}")
         write_json(folder / "results.json", results)
 
 

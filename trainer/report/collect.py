@@ -48,6 +48,7 @@ class Run:
     policies: list[Phase]
     rollout: dict | None
     rollout_note: Note | None
+    others: list[Phase]  # rollout and eval: only their cost is read from their lines
     calibration: dict[str, dict[str, list[dict]]]  # rm.<name>: reliability bins by percent of an answer
     evaluation: dict[str, dict]  # policy-start, and policy-, rm-, online-<name>, as far as they are there
     evaluation_note: Note | None
@@ -76,6 +77,7 @@ def collect(config: Config, folder: Path) -> Run:
         ],
         policies=[_phase(folder, f"rl/{name}", f"distrl --name {name}", rl.steps) for name, rl in config.rl.items()],
         rollout=json.loads(summary.read_text()) if summary.exists() else None,
+        others=[Phase(name, read_metrics(folder / name / "metrics.jsonl"), None) for name in ("rollout", "eval")],
         rollout_note=None
         if summary.exists() or not config.rollout
         else _note(folder, "rollout", "rollout", started=summary.parent.exists()),

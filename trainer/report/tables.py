@@ -130,9 +130,9 @@ def training(phases: list[Phase], loss: str, ends: tuple[str, ...] = ()) -> list
 
 
 def cost(run: Run) -> list[dict]:
-    """Steps, seconds and peak memory of every training phase that has lines."""
+    """Steps, seconds and peak memory of every phase that has lines."""
     rows = []
-    for phase in run.training:
+    for phase in [*run.training, *run.others]:
         seconds = [value for _, value in phase.points("seconds")]
         if seconds:
             memory = [value for _, value in phase.points("peak_memory_mb")]
