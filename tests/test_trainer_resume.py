@@ -66,6 +66,23 @@ from ipvrm_core.trainer.cli import main
 sys.exit(main(sys.argv[1:]))
 """
 
+# The command line in a process that stops itself behind the n-th line of metrics: on a busy machine a test that looks
+# from outside comes too late.
+STOPPED_AT_LINE = """
+import os, signal, sys
+left = [int(sys.argv.pop(1))]
+from ipvrm_core.trainer.metrics import MetricsLog
+log = MetricsLog.log
+def stopping(self, step, **numbers):
+    log(self, step, **numbers)
+    left[0] -= 1
+    if left[0] == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+MetricsLog.log = stopping
+from ipvrm_core.trainer.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
 
 pytestmark = pytest.mark.slow
 
@@ -105,8 +122,7 @@ class Runs:
     def words(self, phase: str, run: Path, *more: str) -> list[str]:
         return [phase, str(self.config), *more, "--run", str(run)]
 
-    def start(self, phase: str, *, resume: bool, renames: int | None = None) -> subprocess.Popen:
-        program = ["-m", "ipvrm_core.trainer.cli"] if renames is None else ["-c", KILLED_AT_RENAME, str(renames)]
+    def start(self, phase: str, *, resume: bool, program=("-m", "ipvrm_core.trainer.cli")) -> subprocess.Popen:
         words = self.words(phase, self.b, *(["--resume"] if resume else []))
         log = open(self.b.with_suffix(".txt"), "a")  # noqa: SIM115 - the process owns it
         with log:
@@ -114,29 +130,35 @@ class Runs:
                 [sys.executable, *program, *words], cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log
             )
 
-    def kill_when(self, condition, phase: str, *, resume=False, too_late=lambda: False, paused=None) -> None:
-        """Start a phase, stop it at the first moment `condition` holds, look around (`paused`), kill it."""
+    def kill_when(self, condition, phase: str) -> None:
+        """Start a phase and kill it at the first moment `condition` holds."""
         folder = self.b / FOLDERS[phase]
         for _ in range(5):  # on a busy machine the phase may be over before we look
-            process = self.start(phase, resume=resume)
-            try:
-                while not condition() and process.poll() is None:
-                    time.sleep(0.002)
-                process.send_signal(signal.SIGSTOP)
-                in_time = process.poll() is None and not (folder / RESULTS[phase]).exists() and not too_late()
-                if in_time and paused:
-                    paused()
-            finally:
-                process.kill()
-                process.wait()
+            process = self.start(phase, resume=False)
+            while not condition() and process.poll() is None:
+                time.sleep(0.002)
+            process.kill()
+            process.wait()
             assert process.returncode in (0, -signal.SIGKILL), self.log()
-            if in_time:
+            if not (folder / RESULTS[phase]).exists():
                 return
             shutil.rmtree(folder)
         raise AssertionError(f"{phase} was always over before it could be killed")
 
+    def kill_at_line(self, phase: str, number: int, *, resume=False, paused=lambda: None) -> None:
+        """Kill a phase behind the `number`-th line of metrics that it writes; `paused` looks around before."""
+        process = self.start(phase, resume=resume, program=("-c", STOPPED_AT_LINE, str(number)))
+        try:
+            _, status = os.waitpid(process.pid, os.WUNTRACED)
+            assert os.WIFSTOPPED(status), self.log()
+            paused()
+        finally:
+            process.kill()
+            process.wait()
+
     def kill_at_rename(self, phase: str, number: int) -> None:
-        assert self.start(phase, resume=True, renames=number).wait() == -signal.SIGKILL, self.log()
+        process = self.start(phase, resume=True, program=("-c", KILLED_AT_RENAME, str(number)))
+        assert process.wait() == -signal.SIGKILL, self.log()
 
     def resume(self, phase: str) -> None:
         assert self.start(phase, resume=True).wait() == 0, self.log()
@@ -189,13 +211,7 @@ def _interrupted(made: Runs) -> None:
     def others_are_refused():
         seen["second process"] = made.refusal("sft", "--resume")
 
-    made.kill_when(
-        lambda: _lines(metrics) >= 3,
-        "sft",
-        resume=True,
-        too_late=lambda: _lines(metrics) > 20,
-        paused=others_are_refused,
-    )
+    made.kill_at_line("sft", 3, resume=True, paused=others_are_refused)
     seen["started"] = made.refusal("sft")
     with open(metrics, "a") as file:
         file.write('{"step": 39, "nl')  # a line cut short, as a kill within write() would leave it
@@ -203,17 +219,14 @@ def _interrupted(made: Runs) -> None:
     assert list((b / "sft").glob(".step-*.tmp/state.json"))
     made.resume("sft")
 
-    def shards() -> int:
-        return len(list((b / "rollout/shards").glob("*.json")))
-
-    made.kill_when(lambda: shards() >= 3, "rollout", too_late=lambda: shards() > 10)
+    made.kill_at_line("rollout", 4)
+    assert len(list((b / "rollout/shards").glob("*.json"))) == 3  # the line comes before its shard
     made.resume("rollout")
 
-    made.kill_when(lambda: _lines(b / "rm/prefix/metrics.jsonl") >= 3, "train-rm")
+    made.kill_at_line("train-rm", 3)
     made.resume("train-rm")
 
-    metrics_rl = b / "rl/dist/metrics.jsonl"
-    made.kill_when(lambda: _lines(metrics_rl) >= 3, "distrl", too_late=lambda: _lines(metrics_rl) > 5)
+    made.kill_at_line("distrl", 3)
     made.kill_at_rename("distrl", 2)  # the new checkpoint is there, the old one not gone yet
     assert len(list((b / "rl/dist").glob("step-*"))) == 2
     made.resume("distrl")
