@@ -361,7 +361,7 @@ def seeds(tmp_path):
     """Two runs with a reward model, a value head (no candidate credit), and one that was updated online."""
     for seed, value in enumerate((0.25, 0.75)):
         credit = {"positions": 9, "chance": 0.4, "policy": 0.6}
-        row = {"average": 0.3, "majority": 0.5, "best:vbar": value, "pass": 0.9}
+        row = {"average": 0.3, "majority": 0.5, "best:vbar": value, "vote:vbar": 0.8, "pass": 0.9}
         full = {"candidate_credit": {**credit, "reward_model": value}, "best_of_n": {"4": row, "16": row}}
         results = {"rm-a": full, "rm-q": {"candidate_credit": credit}, "online-a": full}
         (tmp_path / f"{seed}/eval").mkdir(parents=True)
@@ -371,9 +371,9 @@ def seeds(tmp_path):
 
 def test_compare_puts_reward_models_in_short(seeds):
     text = compare(seeds)
-    assert text.startswith("| reward model | candidate credit | best of 4 | best of 16 |")
-    assert "| a | 0.500 ± 0.354 | 0.500 ± 0.354 | 0.500 ± 0.354 |" in text
-    assert "| q | – | – | – |" in text  # what a model does not have is not a number
+    assert text.startswith("| reward model | candidate credit | best of 4 | best of 16 | weighted vote of 16 |")
+    assert "| a | 0.500 ± 0.354 | 0.500 ± 0.354 | 0.500 ± 0.354 | 0.800 ± 0.000 |" in text
+    assert "| q | – | – | – | – |" in text  # what a model does not have is not a number
     assert "| a, online | 0.500" in text
     assert "| candidate_credit reward_model | 0.500 ± 0.354 | – |" in text
 

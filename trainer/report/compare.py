@@ -1,7 +1,7 @@
 """Several runs of one configuration (seeds) in tables: mean and sample standard deviation of every evaluation."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
@@ -45,17 +45,20 @@ def reward_models(results: Sequence[dict]) -> dict[str, list[dict[str, float]]]:
     return offline | {f"{name.removeprefix('online-')}, online": _of(results, name) for name in online}
 
 
-def short_measures(keys: Iterable[str]) -> list[Measure]:
-    """Those of `keys` that reward models are compared by in short."""
+def short_measures(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Measure]:
+    """Those of the rows' numbers that reward models are compared by in short."""
+    keys = _keys(rows)
     found = [
         Measure(f"localisation {style}/process f1_oracle", f"step F1, {title}", {})
         for style, title in (("train", "made errors"), ("sampled", "own errors"), ("terse", "another format"))
     ]
     levels = {"candidate_credit chance": "chance", "candidate_credit policy": "policy's argmax"}
     found.append(Measure("candidate_credit reward_model", "candidate credit", levels))
-    for n in dict.fromkeys(key.split()[1] for key in keys if key.startswith("best_of_n")):
-        levels = {f"best_of_n {n} {way}": title for way, title in (("average", "one at random"), ("majority", "vote"))}
+    sizes = list(dict.fromkeys(key.split()[1] for key in keys if key.startswith("best_of_n")))
+    for n in sizes:
+        levels = {f"best_of_n {n} average": "one at random", f"best_of_n {n} majority": "majority"}
         found.append(Measure(f"best_of_n {n} best:vbar", f"best of {n}", levels))
+    found += [Measure(f"best_of_n {n} vote:vbar", f"weighted vote of {n}", levels) for n in sizes[-1:]]
     return [measure for measure in found if measure.key in keys]
 
 
@@ -77,7 +80,7 @@ def _flat(result: dict, prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def _keys(rows: dict[str, list[dict[str, float]]]) -> list[str]:
+def _keys(rows: Mapping[str, Sequence[Mapping[str, float]]]) -> list[str]:
     """All measures of any model, in order of appearance: a value head has no candidate credit, others have."""
     return list(dict.fromkeys(key for runs in rows.values() for run in runs for key in run))
 
@@ -85,7 +88,7 @@ def _keys(rows: dict[str, list[dict[str, float]]]) -> list[str]:
 def _short(results: Sequence[dict]) -> str:
     """One line a model."""
     rows = reward_models(results)
-    measures = short_measures(_keys(rows))
+    measures = short_measures(rows)
     lines = [f"| reward model | {' | '.join(m.title for m in measures)} |", f"| --- |{' --- |' * len(measures)}"]
     lines += [f"| {name} | {' | '.join(_cell(runs, m.key) for m in measures)} |" for name, runs in rows.items()]
     return "\n".join(lines)

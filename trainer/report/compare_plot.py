@@ -15,11 +15,11 @@ from ipvrm_core.trainer.report.plots import COLOURS, STYLE
 def draw(runs: Sequence[Path], path: Path) -> None:
     """Write `path` (.png, .svg or .pdf). ValueError where the runs hold no reward models."""
     rows = reward_models(read_results(runs))
-    measures = short_measures({key for found in rows.values() for run in found for key in run})
+    measures = short_measures(rows)
     if not measures:
         raise ValueError("there is nothing to draw: the runs evaluated no reward models")
     with rc_context(STYLE):
-        figure = Figure(figsize=(1.6 + 1.75 * len(measures), 1.0 + 0.22 * len(rows)), layout="constrained")
+        figure = Figure(figsize=(1.6 + 1.6 * len(measures), 1.0 + 0.22 * len(rows)), layout="constrained")
         columns = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
         for axes, measure in zip(columns, measures, strict=True):
             _column(axes, measure, rows)
@@ -31,7 +31,7 @@ def draw(runs: Sequence[Path], path: Path) -> None:
 
 
 def _column(axes, measure, rows) -> None:
-    axes.set_title(measure.title)
+    axes.set_title(measure.title, fontsize=8)
     for key, style in zip(measure.levels, ("dotted", "dashed"), strict=False):
         values = [run[key] for runs in rows.values() for run in runs if key in run]
         axes.axvline(mean(values), color="#8a8f98", linewidth=1, linestyle=style, label=measure.levels[key])
