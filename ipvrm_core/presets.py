@@ -21,7 +21,8 @@ class Preset:
     offline_margin: float = 5.0
     online_margin: float = 5.0
     dlw_scale: Literal["raw", "group"] = "raw"
-    online_reference: Literal["old", "sft"] = "old"
+    online_reference: Literal["old", "sft"] = "old"  # of the online loss: the sampling policy, or the start
+    td_reference: Literal["old", "sft"] = "old"  # of the TD errors; PRIME and rePIRL take the start
     # candidates
     p_min: float = 0.1
     strict: bool = False

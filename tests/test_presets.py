@@ -16,6 +16,7 @@ TABLE = {
     "online_margin": (5.0, 5.0),
     "dlw_scale": ("raw", "group"),
     "online_reference": ("old", "old"),
+    "td_reference": ("old", "old"),
     "p_min": (0.1, 0.1),
     "strict": (False, True),  # pi_old >= 0.1, pi_old > 0.1
     "top_k": (None, 5),

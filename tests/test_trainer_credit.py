@@ -31,6 +31,10 @@ def _targets(batch: Collected) -> torch.Tensor:
     return torch.tensor([token for answer in batch.answers for token in answer.response_ids])
 
 
+def _lengths(batch: Collected) -> list[int]:
+    return [len(answer.response_ids) for answer in batch.answers]
+
+
 def _last(batch: Collected) -> torch.Tensor:
     return torch.tensor([t == len(a.response_ids) - 1 for a in batch.answers for t in range(len(a.response_ids))])
 
@@ -80,6 +84,27 @@ def test_without_a_reward_model_the_advantage_is_the_outcome(tiny_experiment, ti
     assert credit.candidates is None
     assert credit.delta_NK is None
     torch.testing.assert_close(credit.old_logprobs_N, old.logprobs_N)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_td_errors_against_the_start(tiny_experiment, tiny_model, batch, temperature):
+    """td_reference = "sft": beta (log pi_phi - log pi_start), of the sampled token and of every candidate."""
+    experiment = tiny_experiment(generation={"temperature": temperature})
+    model, reward_model, start = (tiny_model(number, 12.0) for number in (1, 2, 3))
+    preset = replace(PAPER, td_reference="sft", estimator="td", gae_normalize="batch")
+    old = old_policy(experiment, model, preset, batch)
+    credit = assign(experiment, preset, batch, old, reward_model, Ipvrm(beta=3.0), None, start)
+    logp_NV, start_NV = (
+        (full_logits(each, batch.answers).double() / temperature).log_softmax(-1) for each in (reward_model, start)
+    )
+    delta_NV = 3.0 * (logp_NV - start_NV)
+    ids_NK = old.candidates.ids_NK
+    expected_NK = delta_NV.gather(1, ids_NK.clamp(min=0)).masked_fill(ids_NK < 0, 0.0)
+    torch.testing.assert_close(credit.delta_NK.double(), expected_NK, rtol=0, atol=1e-3)
+    values = [piece.cumsum(0) for piece in delta_NV.gather(1, _targets(batch)[:, None])[:, 0].split(_lengths(batch))]
+    torch.testing.assert_close(credit.values_N.double(), torch.cat(values), rtol=0, atol=1e-3)
+    against_old = assign(experiment, replace(preset, td_reference="old"), batch, old, reward_model, Ipvrm(beta=3.0))
+    assert (against_old.delta_NK - credit.delta_NK).abs().max() > 1
 
 
 @pytest.mark.parametrize("preset", [PAPER, OFFICIAL], ids=["paper", "official"])

@@ -109,6 +109,15 @@ def test_the_official_preset_and_the_other_switches_run(train):
     assert all(line["candidates"] <= 5 for line in lines)
 
 
+def test_td_errors_against_the_start_or_the_sampling_policy(train):
+    """The two are one in the first step, and part in the second."""
+    runs = [train(reward_model=_reward_model("none"), method={"td_reference": name}) for name in ("old", "sft")]
+    (first, second), (other_first, other_second) = (lines for lines, _ in runs)
+    assert first["rm_score_per_token"] == pytest.approx(other_first["rm_score_per_token"], abs=1e-5)
+    assert second["rm_score_per_token"] != pytest.approx(other_second["rm_score_per_token"], abs=1e-5)
+    assert len({_digest(folder) for _, folder in runs}) == 2
+
+
 def test_adapters_through_the_phases(train, start):
     """LoRA for policy and reward model; the saved policy is a plain model that moved away from the start."""
     lines, folder = train(model={"lora": {"rank": 4, "alpha": 8.0}}, reward_model=_reward_model("before"))

@@ -62,10 +62,12 @@ def assign(
     reward_model: nn.Module | None,
     objective: Objective | None,
     ref_logprobs_N: Tensor | None = None,
+    reference: nn.Module | None = None,
 ) -> Credit:
     """A_t = outcome + gae_coef * process for the sampled tokens, delta for the candidates.
 
     ref_logprobs_N: of the starting policy, for the self-guided masked step advantage (SPRO) without a reward model.
+    reference: the starting policy itself, for td_reference = "sft".
     """
     total = len(old.logprobs_N)
     advantages_N = expand(_outcome(preset, batch), old.cu_seqlens, total)
@@ -77,7 +79,9 @@ def assign(
             )
         return Credit(old.cu_seqlens, old.logprobs_N, advantages_N, None, None, None, old.numbers)
 
-    delta_N, delta_NK = _td_errors(experiment, reward_model, batch, old, objective)
+    delta_N, delta_NK = _td_errors(
+        experiment, reward_model, batch, old, objective, reference if preset.td_reference == "sft" else None
+    )
     last_N = torch.zeros(total, dtype=torch.bool, device=advantages_N.device)
     last_N[old.cu_seqlens[1:] - 1] = True
     values_N = prefix_values(delta_N, old.cu_seqlens, beta=1.0)  # beta is in delta already
@@ -189,26 +193,42 @@ def old_policy(experiment: Experiment, model: nn.Module, preset: Preset, batch: 
 
 
 def _td_errors(
-    experiment: Experiment, model: nn.Module, batch: Collected, old: OldPolicy, objective: Objective
+    experiment: Experiment,
+    model: nn.Module,
+    batch: Collected,
+    old: OldPolicy,
+    objective: Objective,
+    reference: nn.Module | None,
 ) -> tuple[Tensor, Tensor | None]:
     """delta of the sampled tokens [N] and of the candidates [N, K], in one pass of the reward model.
 
-    With a value head, beta times the scores of the sampled tokens, and None.
+    Against the old policy, or a pass of `reference`. With a value head, beta times the scores of the sampled tokens,
+    and None.
     """
     model.eval()
     if objective.head == "value":
         return objective.beta * scores(experiment, model, objective, batch.answers), None
+    against_NK = torch.cat([old.logprobs_N[:, None], old.candidates.logprobs_NK], dim=1)
+    if not objective.reference:
+        against_NK = torch.zeros_like(against_NK)
+    elif reference is not None:
+        against_NK = _errors(experiment, reference, batch, old, torch.zeros_like(against_NK), 1.0)
+    delta_NK = _errors(experiment, model, batch, old, against_NK, objective.beta)
+    return delta_NK[:, 0], delta_NK[:, 1:]
+
+
+def _errors(
+    experiment: Experiment, model: nn.Module, batch: Collected, old: OldPolicy, against_NK: Tensor, beta: float
+) -> Tensor:
+    """beta (log p - against) of the sampled token and the candidates at every position, [N, 1 + K]."""
     head, temperature = head_of(model), experiment.config.generation.temperature
-    old_NK = torch.cat([old.logprobs_N[:, None], old.candidates.logprobs_NK], dim=1)
-    old_NK = old_NK if objective.reference else torch.zeros_like(old_NK)
 
     def function(hidden_ND, tokens, rows):
         ids_NK = torch.cat([tokens.targets_N[:, None], old.candidates.ids_NK[rows]], dim=1)
         options = {"temperature": temperature, **head.options}
-        return (linear_td_errors(hidden_ND, head.weight, ids_NK, old_NK[rows], objective.beta, **options),)
+        return (linear_td_errors(hidden_ND, head.weight, ids_NK, against_NK[rows], beta, **options),)
 
-    delta_NK = map_rows(model, batch.answers, experiment.config.micro_batch_tokens, function)[0]
-    return delta_NK[:, 0], delta_NK[:, 1:]
+    return map_rows(model, batch.answers, experiment.config.micro_batch_tokens, function)[0]
 
 
 def update_reward_model(

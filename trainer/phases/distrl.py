@@ -40,7 +40,8 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
                 models["reward_model"] = reward_model
                 optimizers["reward_model"] = make_optimizer(reward_model, rl.reward_model.optim)
         self_guided = preset.estimator == "msa" and not rl.reward_model
-        if rl.kl_coef or self_guided or (rl.reward_model and preset.online_reference == "sft"):
+        against_start = rl.reward_model and "sft" in (preset.online_reference, preset.td_reference)
+        if rl.kl_coef or self_guided or against_start:
             reference = experiment.start_policy().eval()
         training = Training(experiment, folder, rl.steps, models, optimizers, show=SHOW, state={"cursor": 0})
 
@@ -72,7 +73,7 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
             schedule = rl.reward_model.update if rl.reward_model else "none"
             if schedule == "before":
                 numbers |= update_rm()
-            credit = assign(experiment, preset, batch, old, reward_model, objective, ref_N)
+            credit = assign(experiment, preset, batch, old, reward_model, objective, ref_N, reference)
             numbers |= credit.numbers
             numbers |= update_policy(
                 experiment, rl, preset, policy, optimizers["policy"], batch, credit, ref_N if rl.kl_coef else None, step
