@@ -10,6 +10,7 @@ pytest.importorskip("pyarrow")
 
 from ipvrm_core.trainer.evaluation import official, processbench_results
 from ipvrm_core.trainer.evaluation.bootstrap import bootstrap_f1, interval, resample_counts
+from ipvrm_core.trainer.evaluation.chance import chance_f1
 from ipvrm_core.trainer.evaluation.localisation import Sweep, best_f1, f1_at
 from tests.tiny_models import tokenizer
 
@@ -70,6 +71,27 @@ def test_a_perfect_scorer_has_no_spread():
     assert interval(bootstrap_f1(sweeps, None, 50)["oracle"]["a"]) == (1.0, 1.0)
 
 
+# ---- chance
+
+
+def test_chance_by_hand():
+    """One wrong and one right solution of one step: F1 is 1 if the wrong one scores lower, in half of all draws."""
+    found = chance_f1({"a": [1, 1]}, {"a": [0, -1]}, None, 400, seed=0)["oracle"]["a"]
+    assert set(found) == {0.0, 1.0}
+    assert found.mean() == pytest.approx(0.5, abs=4 * 0.5 / 20)
+    assert (chance_f1({"a": [1, 1]}, {"a": [0, -1]}, None, 400, seed=0)["oracle"]["a"] == found).all()
+    assert (chance_f1({"a": [1, 1]}, {"a": [0, -1]}, None, 400, seed=1)["oracle"]["a"] != found).any()
+
+
+def test_a_transferred_threshold_fits_no_noise():
+    """Oracle thresholds fit the noise of ten problems of five steps; one from elsewhere does so only at its own set."""
+    steps, labels = {"a": [5] * 10, "b": [5] * 10}, {"a": [2] * 5 + [-1] * 5, "b": [2] * 5 + [-1] * 5}
+    found = chance_f1(steps, labels, "a", 300, seed=0)
+    assert (found["transferred"]["a"] == found["oracle"]["a"]).all()
+    assert found["transferred"]["b"].mean() < 0.6 * found["oracle"]["b"].mean()
+    assert found["oracle"]["average"] == pytest.approx((found["oracle"]["a"] + found["oracle"]["b"]) / 2)
+
+
 # ---- results
 
 
@@ -97,10 +119,14 @@ def test_transfer_by_hand():
     assert found["transferred"]["math"]["f1"] == 0.0
     assert found["transferred"]["math"]["accuracy_correct"] == 1.0
     assert found["transferred"]["average"] == {"f1": 0.5, "ci": (0.5, 0.5)}
-    assert "transferred" not in processbench_results.evaluate(rows, "other", 0)["variants"]["process"]
+    assert 0 < result["chance"]["oracle"]["gsm8k"]["f1"] < 1
+    without = processbench_results.evaluate(rows, "other", 0)
+    assert "transferred" not in without["variants"]["process"]
+    assert "chance" not in without
     assert "| process | from gsm8k | 100.0 [100.0, 100.0] 100/100 | 0.0 [0.0, 0.0] 0/100 |" in (
         processbench_results.markdown(result)
     )
+    assert "| random scores | from gsm8k |" in processbench_results.markdown(result)
 
 
 def test_a_step_behind_a_truncation_is_never_called_wrong():

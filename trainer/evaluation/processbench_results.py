@@ -7,8 +7,11 @@ import numpy as np
 
 from ipvrm_core.trainer.evaluation import official
 from ipvrm_core.trainer.evaluation.bootstrap import bootstrap_f1, interval
+from ipvrm_core.trainer.evaluation.chance import chance_f1
 from ipvrm_core.trainer.evaluation.localisation import F1, Sweep, harmonic
 from ipvrm_core.trainer.evaluation.step_scores import VARIANTS, variants
+
+CHANCE_DRAWS = 100
 
 
 def evaluate(rows: Sequence[dict], tune_on: str = "gsm8k", resamples: int = 1000, seed: int = 0) -> dict:
@@ -18,6 +21,7 @@ def evaluate(rows: Sequence[dict], tune_on: str = "gsm8k", resamples: int = 1000
     variants    per variant and rule ("oracle": best threshold of the subset itself; "transferred": the one tuned on
                 `tune_on`): per subset f1, accuracy_erroneous, accuracy_correct, threshold (null: infinite), ci;
                 and the average over subsets. "transferred" is left out where `tune_on` was not scored.
+    chance      per rule and subset: f1 and ci of random step scores, mean and 95% range over CHANCE_DRAWS of them.
     generators  the same three numbers per generator, all subsets pooled, f1 null where it has one kind of solutions.
     official    the authors' script's numbers, where they were scored; truncated problems left out.
     """
@@ -35,6 +39,13 @@ def evaluate(rows: Sequence[dict], tune_on: str = "gsm8k", resamples: int = 1000
     tuned = tune_on if tune_on in subsets else None
     result = {"tuned_on": tuned, "resamples": resamples, "counts": {name: _counts(rows, name) for name in subsets}}
     result["variants"] = {variant: _variant(sweeps[variant], tuned, resamples, seed) for variant in VARIANTS}
+    if resamples:
+        steps = {name: [len(row["sums"]) for row in some] for name, some in used.items()}
+        drawn = chance_f1(steps, labels, tuned, CHANCE_DRAWS, seed)
+        result["chance"] = {
+            rule: {name: {"f1": float(values.mean()), "ci": interval(values)} for name, values in found.items()}
+            for rule, found in drawn.items()
+        }
     result["generators"] = {variant: _generators(sweeps[variant], used, tuned) for variant in VARIANTS}
     marked = {name: [row for row in some if row.get("official_rewards")] for name, some in used.items()}
     if all(marked.values()):
@@ -126,13 +137,18 @@ def markdown(result: dict, variants: Sequence[str] = ("process", "prefix")) -> s
     """The tables that one looks at, in %."""
     subsets = [*result["counts"], "average"]
     lines = ["| score | threshold | " + " | ".join(subsets) + " |", "| --- | --- |" + " --- |" * len(subsets)]
-    for variant in [*variants, *(name for name in result["variants"] if name not in variants)]:
-        for rule, found in result["variants"][variant].items():
-            shown = rule if rule == "oracle" else f"from {result['tuned_on']}"
-            lines.append(f"| {variant} | {shown} | " + " | ".join(_cell(found[name]) for name in subsets) + " |")
+    shown = {name: result["variants"][name] for name in [*variants, *result["variants"]]}
+    if "chance" in result:
+        shown["random scores"] = result["chance"]
+    for variant, rules in shown.items():
+        for rule, found in rules.items():
+            threshold = rule if rule == "oracle" else f"from {result['tuned_on']}"
+            lines.append(f"| {variant} | {threshold} | " + " | ".join(_cell(found[name]) for name in subsets) + " |")
     for variant, found in result.get("official", {}).items():
         lines.append(f"| {variant} | official | " + " | ".join(_cell(found[name]) for name in subsets) + " |")
     lines += ["", "F1, in brackets its 95% interval, then the accuracies on erroneous / correct solutions."]
+    if "chance" in result:
+        lines.append(f"Random scores: independent normal ones; mean and 95% range of {CHANCE_DRAWS} draws.")
     for name, counts in result["counts"].items():
         lost = [f"{counts[state]} {state.replace('_', ' ')}" for state in ("truncated", "too_long") if counts[state]]
         lines.append(
