@@ -167,6 +167,22 @@ def test_evaluation_of_all_models(train):
     assert results["rm-prefix"]["candidate_credit"]["positions"] > 0
 
 
+def test_evaluation_makes_what_is_missing(train):
+    """The last model was judged, an earlier one not: it alone is judged, and its line of metrics comes last."""
+    _, folder = train()
+    experiment = Experiment(check(json.loads((folder / "config.json").read_text())), folder)
+    evaluate.run(experiment)
+    results = (folder / "eval/results.json").read_text()
+    for name in ("results", "policy-start"):
+        (folder / f"eval/{name}.json").unlink()
+    kept = (folder / "eval/rm-prefix.json").stat()
+    evaluate.run(experiment, resume=True)
+    assert (folder / "eval/results.json").read_text() == results
+    assert (folder / "eval/rm-prefix.json").stat() == kept
+    lines = [json.loads(line) for line in (folder / "eval/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3]
+
+
 def test_evaluation_of_a_reward_model_after_its_updates(train, monkeypatch):
     """It is saved beside the policy, and judged against what it was last compared with."""
     _, folder = train(reward_model=_reward_model("before"), method={"online_reference": "sft"})

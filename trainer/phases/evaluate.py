@@ -29,12 +29,13 @@ def run(experiment: Experiment, resume: bool = False) -> None:
         if not jobs:
             tqdm.write("eval: nothing to evaluate: the configuration has no [test]")
         files = {name: folder / f"{name}.json" for name in jobs}
-        with MetricsLog(folder, "eval", len(jobs), sum(file.exists() for file in files.values())) as metrics:
-            for number, (name, job) in enumerate(jobs.items(), start=1):
+        done = sum(file.exists() for file in files.values())  # not always the first ones
+        with MetricsLog(folder, "eval", len(jobs), done) as metrics:
+            for name, job in jobs.items():
                 if not files[name].exists():
                     experiment.seed("eval", files[name].name)
-                    result = job()
-                    metrics.log(number)  # its seconds; before the file, as after a kill both are made again
+                    result, done = job(), done + 1
+                    metrics.log(done)  # its seconds; before the file, as after a kill both are made again
                     write_json(files[name], result)
                 results[name] = json.loads(files[name].read_text())
                 tqdm.write(f"eval {name}: {json.dumps(_short(results[name]))}")
