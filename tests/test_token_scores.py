@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("transformers")
 
 from ipvrm_core.objectives.endorm import Endorm
+from ipvrm_core.trainer import models
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.evaluation import token_scores as module
 from ipvrm_core.trainer.evaluation.token_scores import (
@@ -93,3 +94,9 @@ def test_scores_that_say_nothing_are_refused(monkeypatch):
     monkeypatch.setattr(module, "_scores", lambda *_: torch.tensor([1.0, float("nan"), float("inf")]))
     with pytest.raises(ValueError, match="token scores must be finite; 2 of 3 are not"):
         token_scores(scorer, ANSWERS, 100)
+
+
+def test_a_gguf_file_without_its_package(monkeypatch):
+    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"a\.gguf needs the package gguf.*pip install 'ipvrm-core\[gguf\]'"):
+        load_language_model("folder/a.gguf")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,6 +37,7 @@ def load_tokenizer(model: Model, alphabet: str | None):
         return character_tokenizer(alphabet)
     from transformers import AutoTokenizer
 
+    _check_gguf(model.gguf_file)
     extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}
     tokenizer = AutoTokenizer.from_pretrained(model.path, **extra)
     if tokenizer.eos_token_id is None:
@@ -43,6 +45,12 @@ def load_tokenizer(model: Model, alphabet: str | None):
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def _check_gguf(file: str | None) -> None:
+    """ValueError for a GGUF file without the package that reads it."""
+    if file and find_spec("gguf") is None:
+        raise ValueError(f"{file} needs the package gguf, which is not installed: pip install 'ipvrm-core[gguf]'")
 
 
 def build_scratch(scratch: Scratch, tokenizer) -> nn.Module:
@@ -82,6 +90,7 @@ def load_pretrained(path: str | Path, dtype: str = "float32", gguf_file: str | N
         if saved:
             add_value_head(model).load_state_dict(load_file(saved))
         return model
+    _check_gguf(gguf_file)
     quantization = GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(
         path, gguf_file=gguf_file, quantization_config=quantization, **settings
