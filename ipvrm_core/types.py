@@ -3,11 +3,16 @@
 Shape letters: N response tokens of the packed batch (rows), V vocabulary, D hidden size, K candidate slots.
 """
 
+import math
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+# log pi - log pi_old and log pi_ref - log pi are bounded from above before the exponential: beyond, a term stays as it
+# is there and has no gradient. e^40 = 2e17, whose square, which a gradient's norm takes, is finite in float32.
+LOG_RATIO_LIMIT = 40.0
 
 
 class LogProbs(NamedTuple):
@@ -43,7 +48,8 @@ class PolicyBatch:
     sampled_ids_N, candidate_ids_NK: int64; a candidate id < 0 is padding. K may be 0.
     old_logprobs_N, candidate_old_logprobs_NK: log pi_old at the sampling temperature.
     advantages_N: A_t of the sampled token. candidate_advantages_NK: A_TD(v) = delta_t(v) / sigma_V.
-    token_weights_N, candidate_weights_N: from `branch_weights`; 0 masks the row out of that branch.
+    token_weights_N, candidate_weights_N: from `branch_weights`; 0 masks the row out of that branch. A row masked out of
+    both is not looked at: its hidden state or logits may hold NaN, and so may everything else of it but the ids.
     ref_logprobs_N: log pi_ref of the sampled token, only for the KL term.
     temperatures_N: one temperature a row, > 0, in place of PolicyLossConfig.temperature.
     """
@@ -78,6 +84,11 @@ class PolicyBatch:
         """[N, 1+K]: the sampled id in slot 0, then the candidates."""
         return torch.cat([self.sampled_ids_N[:, None], self.candidate_ids_NK], dim=1)
 
+    @property
+    def masked_N(self) -> Tensor:
+        """[N] bool: rows of weight 0 in both branches."""
+        return (self.token_weights_N == 0) & (self.candidate_weights_N == 0)
+
     def rows(self, index) -> "PolicyBatch":
         """The rows selected by a slice or an index tensor; weights stay global, so pieces add up to the whole."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -111,20 +122,23 @@ class PolicyLossConfig:
     entropy_coef: float = 0.0
 
     def __post_init__(self) -> None:
+        # Comparisons that nan fails; and no inf, which does not survive a product with 0.
         for name in ("clip_low", "candidate_clip_low"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1]; got {getattr(self, name)}")
         for name in ("alpha", "clip_high", "candidate_clip_high", "kl_coef"):
-            if not getattr(self, name) >= 0:  # not "< 0", which nan passes
-                raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite; got {getattr(self, name)}")
         for name in ("dual_clip", "candidate_dual_clip"):
             value = getattr(self, name)
-            if value is not None and value <= 1:
-                raise ValueError(f"{name} must be > 1 or None; got {value}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be > 0; got {self.temperature}")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be > 0 or None; got {self.softcap}")
+            if value is not None and not 1 < value < math.inf:
+                raise ValueError(f"{name} must be > 1 and finite, or None; got {value}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be > 0 and finite; got {self.temperature}")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"softcap must be > 0 and finite, or None; got {self.softcap}")
+        if not math.isfinite(self.entropy_coef):
+            raise ValueError(f"entropy_coef must be finite; got {self.entropy_coef}")
 
 
 class PolicyLossOutput(NamedTuple):

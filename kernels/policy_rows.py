@@ -16,9 +16,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ipvrm_core.kernels.launch import Launch, architecture_of, contiguous, row_launch
-from ipvrm_core.kernels.logit_gradient import overlapping, softmax_gradient
+from ipvrm_core.kernels.logit_gradient import in_place, narrowing, softmax_gradient
 from ipvrm_core.kernels.softmax import add_at_ids, load_logits, row_softmax
 
+LOG_RATIO_LIMIT = tl.constexpr(40.0)  # that of ipvrm_core.types
 METRICS = 8  # loss_sampled, loss_candidates, clip_fraction, candidate_clip_fraction, ratio, kl_old, kl_ref, entropy
 
 
@@ -64,6 +65,7 @@ def policy_rows_kernel(
     REFERENCE: tl.constexpr,
     GRADIENT: tl.constexpr,
     ENTROPY: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     NARROWING: tl.constexpr,
 ):
     i_n = tl.program_id(0).to(tl.int64)
@@ -88,6 +90,8 @@ def policy_rows_kernel(
     # An id beyond V is an error that nobody checked: make it visible.
     logp = tl.where(ids >= V, float("nan"), tl.where(ids >= 0, logp, 0.0))
     log_ratio = tl.where(valid, logp - old, 0.0)
+    beyond = log_ratio > LOG_RATIO_LIMIT
+    log_ratio = tl.where(beyond, LOG_RATIO_LIMIT, log_ratio)
     ratio = tl.exp(log_ratio)
     mass = tl.where(valid, slot_weight * tl.where(sampled, 1.0, tl.exp(old)), 0.0)
 
@@ -99,14 +103,16 @@ def policy_rows_kernel(
     over = (advantage < 0) & (ratio > cap_ratio)
     bound, clipped = tl.where(over, cap_ratio, bound), clipped | over
     loss = mass * tl.where(clipped, -bound * advantage, -ratio * advantage)
-    c = tl.where(clipped, 0.0, mass * -ratio * advantage) * tl.where(sampled, 1.0, alpha)
+    c = tl.where(clipped | beyond, 0.0, mass * -ratio * advantage) * tl.where(sampled, 1.0, alpha)
 
     kl_ref = tl.zeros([], tl.float32)
     if REFERENCE:
         log_ref = tl.load(p_ref + i_n, mask=weight != 0, other=0.0) - tl.sum(tl.where(sampled & valid, logp, 0.0), 0)
         log_ref = tl.where(weight != 0, log_ref, 0.0)
+        far = log_ref > LOG_RATIO_LIMIT
+        log_ref = tl.where(far, LOG_RATIO_LIMIT, log_ref)
         kl_ref = weight * (tl.exp(log_ref) - 1 - log_ref)
-        c += tl.where(sampled, kl_coef * weight * (1 - tl.exp(log_ref)), 0.0)
+        c += tl.where(sampled & (far == 0), kl_coef * weight * (1 - tl.exp(log_ref)), 0.0)
 
     p_m = p_metrics + i_n * 8
     tl.store(p_m + 0, tl.sum(tl.where(sampled, loss, 0.0), 0))
@@ -126,6 +132,8 @@ def policy_rows_kernel(
         V_read = tl.where(quiet, 0, V)
         on_p = -tl.sum(c, 0)
         entropy = tl.where(e != 0, entropy, 0.0)
+        if IN_PLACE:
+            tl.debug_barrier()  # every warp gathers for itself: none may write over what another has yet to gather
         for start in range(0, V, BLOCK):
             o_v = start + o_block
             y = load_logits(p_row, o_v, V_read, cap, CAPPED)
@@ -194,7 +202,8 @@ def policy_rows(
             REFERENCE=ref_logprobs_N is not None,
             GRADIENT=out_NV is not None,
             ENTROPY=entropy_coef != 0,
-            NARROWING=out_NV is not None and overlapping(x_NV, out_NV),
+            IN_PLACE=in_place(x_NV, target_NV),
+            NARROWING=narrowing(x_NV, target_NV),
             num_warps=launch.num_warps,
         )
     return metrics_NM

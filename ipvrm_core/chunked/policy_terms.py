@@ -2,6 +2,7 @@
 
 With x = log pi - log pi_old, rho = e^x and l = -min(rho A, clip(rho) A):  dl/dx = -rho A, or 0 where l is clipped.
 With u = log pi_ref - log pi and k3 = e^u - 1 - u:  dk3/dlog pi = 1 - e^u.
+x and u are bounded by LOG_RATIO_LIMIT; beyond, the derivatives are 0.
 
 Shape letters: N rows (those of one chunk), K candidates; slot 0 of [N, 1+K] is the sampled token, candidates follow.
 """
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ipvrm_core.types import METRICS, PolicyBatch, PolicyLossConfig
+from ipvrm_core.types import LOG_RATIO_LIMIT, METRICS, PolicyBatch, PolicyLossConfig
 
 
 class PolicyTerms(NamedTuple):
@@ -26,7 +27,7 @@ def clipped_surrogate(
     log_ratio: Tensor, advantages: Tensor, clip_low: float, clip_high: float, dual_clip: float | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(l, dl/dlog_ratio, clipped), elementwise. `dual_clip` c caps l at c |A| where A < 0."""
-    ratio = log_ratio.exp()
+    ratio = log_ratio.clamp(max=LOG_RATIO_LIMIT).exp()
     loss = -ratio * advantages
     # -min over the two branches: only a ratio beyond the bound on the side A pushes to is clipped.
     bound = torch.full_like(ratio, 1 - clip_low).masked_fill_(advantages > 0, 1 + clip_high)
@@ -34,7 +35,14 @@ def clipped_surrogate(
     if dual_clip is not None:
         over = (advantages < 0) & (ratio > dual_clip)
         bound, clipped = bound.masked_fill_(over, dual_clip), clipped | over
-    return torch.where(clipped, -bound * advantages, loss), loss.masked_fill(clipped, 0.0), clipped
+    flat = clipped | (log_ratio > LOG_RATIO_LIMIT)
+    return torch.where(clipped, -bound * advantages, loss), loss.masked_fill(flat, 0.0), clipped
+
+
+def k3(log_ratio: Tensor) -> tuple[Tensor, Tensor]:
+    """(e^x - 1 - x, minus its derivative by x), elementwise."""
+    bounded = log_ratio.clamp(max=LOG_RATIO_LIMIT)
+    return bounded.exp() - 1 - bounded, (1 - bounded.exp()).masked_fill(log_ratio > LOG_RATIO_LIMIT, 0.0)
 
 
 def policy_terms(logprobs_NK: Tensor, entropy_N: Tensor, batch: PolicyBatch, config: PolicyLossConfig) -> PolicyTerms:
@@ -61,17 +69,16 @@ def policy_terms(logprobs_NK: Tensor, entropy_N: Tensor, batch: PolicyBatch, con
         config.candidate_clip_high,
         config.candidate_dual_clip,
     )
-    k3_ref_N, k3_slope_N = torch.zeros_like(weight_N), torch.zeros_like(weight_N)
+    k3_ref_N = k3_slope_N = torch.zeros_like(weight_N)
     if batch.ref_logprobs_N is not None:
-        log_ref_N = (batch.ref_logprobs_N.to(wide) - logprobs_NK[:, 0]).masked_fill(dead_N, 0.0)
-        k3_ref_N, k3_slope_N = log_ref_N.exp() - 1 - log_ref_N, 1 - log_ref_N.exp()
+        k3_ref_N, k3_slope_N = k3((batch.ref_logprobs_N.to(wide) - logprobs_NK[:, 0]).masked_fill(dead_N, 0.0))
     metrics = {
         "loss_sampled": weight_N * loss_N,
         "loss_candidates": (mass_NK * loss_NK).sum(-1),
         "clip_fraction": weight_N * clipped_N,
         "candidate_clip_fraction": (mass_NK * clipped_NK).sum(-1),
-        "ratio": weight_N * log_ratio_N.exp(),
-        "kl_old": weight_N * (log_ratio_N.exp() - 1 - log_ratio_N),
+        "ratio": weight_N * log_ratio_N.clamp(max=LOG_RATIO_LIMIT).exp(),
+        "kl_old": weight_N * k3(log_ratio_N)[0],
         "kl_ref": weight_N * k3_ref_N,
         "entropy": weight_N * entropy_N,
     }
