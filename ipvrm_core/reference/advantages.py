@@ -71,10 +71,7 @@ def outcome_advantages(rewards_B: Tensor, groups_B: Tensor) -> Tensor:
     if not rewards_B.is_floating_point():
         rewards_B = rewards_B.to(torch.float32)
     mean_B, std_B = moments_within(rewards_B, groups_B)
-    # Equal rewards are found by comparing them: the mean of equal floats may round, and the std is then tiny, not 0.
-    index_B = groups_B.unique(return_inverse=True)[1]
-    least_B = torch.zeros_like(rewards_B).scatter_reduce(0, index_B, rewards_B, "amin", include_self=False)[index_B]
-    uniform_B = moments_within(rewards_B - least_B, groups_B)[0] == 0
+    uniform_B = std_B == 0
     return torch.where(uniform_B, 0.0, (rewards_B - mean_B) / torch.where(uniform_B, 1.0, std_B))
 
 
@@ -90,8 +87,9 @@ def rloo_advantages(rewards_B: Tensor, groups_B: Tensor) -> Tensor:
 def _group_sums(x_B: Tensor, groups_B: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and size of each element's group: [B] -> [B], [B]."""
     index_B = groups_B.unique(return_inverse=True)[1]
-    size_G = index_B.bincount().to(x_B.dtype)
-    return torch.zeros_like(size_G).index_add(0, index_B, x_B)[index_B], size_G[index_B]
+    size_G = index_B.bincount().to(torch.promote_types(x_B.dtype, torch.float32))
+    total_G = torch.zeros_like(size_G).index_add(0, index_B, x_B.to(size_G.dtype))
+    return total_G[index_B].to(x_B.dtype), size_G[index_B].to(x_B.dtype)
 
 
 def group_normalize(
