@@ -77,11 +77,12 @@ def moments_within(x: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
     def mean_of(values: Tensor) -> Tensor:
         return values.new_zeros(len(size_G)).index_add(0, groups, values) / size_G
 
-    # As differences from the group's least value: a mean of equal floats may round.
-    least_G = wide.new_zeros(len(size_G)).scatter_reduce(0, groups, wide.detach(), "amin", include_self=False)
-    offset = wide - least_G[groups]
+    # As differences from the group's first value: a mean of equal floats may round.
+    index = torch.arange(len(x), device=x.device)
+    first_G = wide.detach()[groups.new_zeros(len(size_G)).scatter_reduce(0, groups, index, "amin", include_self=False)]
+    offset = wide - first_G[groups]
     shift_G = mean_of(offset)
     variance_G = mean_of((offset - shift_G[groups]).square())
     spread_G = variance_G > 0
     std_G = torch.where(spread_G, variance_G.where(spread_G, 1.0).sqrt(), 0.0)
-    return (least_G + shift_G)[groups].to(x.dtype), std_G[groups].to(x.dtype)
+    return (first_G + shift_G)[groups].to(x.dtype), std_G[groups].to(x.dtype)

@@ -15,7 +15,9 @@ class RlRewardModel(Section):
     """How an RL run uses a reward model."""
 
     name: str = Field(description="a key of the `rm` table")
-    update: Literal["none", "before", "after"] = Field("before", description="relative to scoring the batch")
+    update: Literal["none", "before", "after"] = Field(
+        "before", description="relative to scoring the batch: with before, the updated model scores it"
+    )
     optim: Optim = Optim(lr=1e-4)
     batch: Positive = Field(64, description="sequences per reward-model step")
 
@@ -46,7 +48,7 @@ class Rl(Section):
                 raise ValueError(f"method.{name} belongs to the reward model: set it in rm.<name>.args")
         self._check_estimator(preset)
         self._check_accuracy_range(preset)
-        preset.loss_config()
+        preset.loss_config(kl_coef=self.kl_coef, entropy_coef=self.entropy_coef)
         candidate_slots(preset.p_min, top_k=preset.top_k)  # raises for a rule that cannot be
         self.__dict__["method"] = asdict(preset)  # resolved: what config.json shows is what runs
         return self
