@@ -71,3 +71,14 @@ def test_results_name_date_commit_and_device(page):
     assert re.search(r"\b(?=[0-9a-f]*\d)[0-9a-f]{7}\b", text)
     assert "CPU" in text or "GPU" in text
     assert Path(page).name in (ROOT / "docs/results.md").read_text(), "no claim links to it"
+
+
+FILE = re.compile(r"`([\w./-]+\.(?:py|toml|md|yml|txt))`")
+
+
+@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/glossary.md", "docs/method.md", "docs/kernels.md"])
+def test_named_files_exist(page):
+    """Under the root, or under one of the folders of code where the page leaves it out."""
+    homes = [ROOT / home for home in ("", "ipvrm_core", "kernels", "docs")]
+    missing = [f for f in FILE.findall((ROOT / page).read_text()) if not any((home / f).is_file() for home in homes)]
+    assert missing == []
