@@ -76,7 +76,9 @@ def test_results_name_date_commit_and_device(page):
 FILE = re.compile(r"`([\w./-]+\.(?:py|toml|md|yml|txt))`")
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/glossary.md", "docs/method.md", "docs/kernels.md"])
+@pytest.mark.parametrize(
+    "page", ["CONTRIBUTING.md", "docs/glossary.md", "docs/how-it-works.md", "docs/method.md", "docs/kernels.md"]
+)
 def test_named_files_exist(page):
     """Under the root, or under one of the folders of code where the page leaves it out."""
     homes = [ROOT / home for home in ("", "ipvrm_core", "kernels", "docs")]
