@@ -7,10 +7,12 @@ from tqdm import tqdm
 
 from ipvrm_core.objectives import Objective
 from ipvrm_core.packing import cu_seqlens_from_lengths
+from ipvrm_core.trainer import inputs
 from ipvrm_core.trainer.calibration import PLACES, expected_calibration_error, prefix_probabilities, reliability
 from ipvrm_core.trainer.config import RewardModel
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.files import write_json
+from ipvrm_core.trainer.identity import model_digests
 from ipvrm_core.trainer.models import add_value_head
 from ipvrm_core.trainer.optim import apply_step, make_optimizer, vanishing_steps
 from ipvrm_core.trainer.phases.best import Best
@@ -42,6 +44,7 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
             rendered = read_chats(experiment, name, settings.data)
             model = reference = experiment.start_policy()
             if settings.data.reference:
+                inputs.keep(experiment.run, {f"rm.{name}.data.reference": model_digests(settings.data.reference)})
                 reference = other_reference(experiment, settings.data.reference, model)
             data = from_chats(experiment, name, rendered, objective, reference.eval())
             _check_units(data, name, objective)
