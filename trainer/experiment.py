@@ -24,7 +24,7 @@ from ipvrm_core.trainer.verify import make_verifier
 class Experiment:
     """Folder layout: config.json, inputs/, sft/, rollout/, rm/<name>/, rl/<name>/, eval/, report/.
 
-    A phase owns its folder. A run mixes neither two configurations nor two versions of its data, its code or its base model.
+    A phase owns its folder. A run mixes neither two configurations nor two versions of its data, code or base model.
     """
 
     def __init__(self, config: Config, run: Path):
