@@ -212,10 +212,7 @@ DAMAGES = {
     "a missing file": (lambda folder: (folder / "policy.safetensors").unlink(), "policy.safetensors"),
     "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json"),
     "half a manifest": (lambda folder: (folder / "manifest.json").write_text('{"poli'), "manifest.json"),
-    "a shape that would broadcast": (
-        _replace(NORM, lambda tensor: tensor[:1].clone()),
-        f"{NORM} must have shape (32,)",
-    ),
+    "a shape that would broadcast": (_replace(NORM, lambda weight: weight[:1].clone()), "shape (32,); got (1,)"),
 }
 
 
@@ -248,11 +245,8 @@ def test_without_a_whole_checkpoint_nothing_begins_anew_unasked(tiny_model, tmp_
         _flip_a_bit(tmp_path / f"step-000000{step}" / "policy.safetensors")
     other = tiny_model(2)
     before = _weights(other)
-    with pytest.raises(
-        checkpoint.CheckpointError, match=r"step-0000002: policy.*step-0000001: policy.*No whole"
-    ) as error:
+    with pytest.raises(checkpoint.CheckpointError, match=r"step-0000002: policy.*step-0000001: policy.*remove"):
         checkpoint.load(tmp_path, {"policy": other}, {})
-    assert f"remove {tmp_path}" in str(error.value)
     assert _equal(_weights(other), before)
 
 

@@ -1,4 +1,4 @@
-"""Ends before their time: signals, parents that die, losses that explode. The work done is kept, the destroyed is not."""
+"""Ends before their time: signals, parents that die, losses that explode. Work is kept, what is destroyed is not."""
 
 import contextlib
 import json
@@ -154,7 +154,7 @@ def test_an_exploding_loss_names_step_phase_and_batch(tiny_experiment, tmp_path,
 def test_a_loss_beyond_all_measure_is_refused(trained, tmp_path, value, monkeypatch):
     log = Training.log
     monkeypatch.setattr(Training, "log", lambda self, step, **_: log(self, step, loss=value if step == 3 else 1.0))
-    with pytest.raises(FloatingPointError, match="phase step 3: .*loss is.*newest checkpoint is step-0000002"):
+    with pytest.raises(FloatingPointError, match=r"phase step 3: .*loss is.*newest checkpoint is step-0000002"):
         trained(lambda *_: None, checkpoint_every=1)
     assert _checkpoints(tmp_path / "run" / "phase") == ["failed-step-0000003.json", "step-0000001", "step-0000002"]
 
@@ -242,21 +242,16 @@ def test_a_phase_ends_with_the_process_that_started_it(tmp_path, patch):
 
 
 JUDGING = """
-import threading
+import re
 from ipvrm_core.trainer.verify.worker import Worker
+def hang(response, gold):  # and lets no other thread of its process run
+    return bool(re.match(r"(a+)+$", "a" * 60 + "b"))
 if __name__ == "__main__":
-    worker = Worker("tests.test_trainer_ending:hang")
+    worker = Worker("judging:hang")
     worker._start()
     print(worker._process.pid, flush=True)
     worker.judge("a", "b", 60)
 """
-
-
-def hang(response: str, gold: str) -> bool:
-    """A judge that lets no other thread of its process run, as a regular expression may."""
-    import re
-
-    return bool(re.match(r"(a+)+$", "a" * 60 + "b"))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

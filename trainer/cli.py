@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import select
 import signal
 import sys
 from pathlib import Path
@@ -61,12 +62,12 @@ def _expected(error: Exception) -> bool:
 
 def _reader_is_gone() -> bool:
     """Whether stdout is a pipe that nobody reads any more, as behind `| head`; then what is left to print goes."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # errors and hang-ups are told unasked
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -64,7 +64,8 @@ class MetricsLog:
 
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
         self.board.close()
 
     def __enter__(self) -> "MetricsLog":
