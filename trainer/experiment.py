@@ -6,13 +6,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ipvrm_core.trainer import models
+from ipvrm_core.trainer import config as configuration
+from ipvrm_core.trainer import inputs, models
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import Config, ConfigError, Source
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.sources import read_source
 from ipvrm_core.trainer.data.tasks import make_task
-from ipvrm_core.trainer.files import write_text
+from ipvrm_core.trainer.files import read_json, write_text
+from ipvrm_core.trainer.identity import model_digests
 from ipvrm_core.trainer.leakage import left_out
 from ipvrm_core.trainer.prompts import encode_prompt
 from ipvrm_core.trainer.seeds import epoch_slice, stable_seed
@@ -20,20 +22,24 @@ from ipvrm_core.trainer.verify import make_verifier
 
 
 class Experiment:
-    """Folder layout: config.json, sft/, rollout/, rm/<name>/, rl/<name>/, eval/, report/. A phase owns its folder."""
+    """Folder layout: config.json, inputs/, sft/, rollout/, rm/<name>/, rl/<name>/, eval/, report/.
+
+    A phase owns its folder. A run mixes neither two configurations nor two versions of its data, code or base model.
+    """
 
     def __init__(self, config: Config, run: Path):
         self.config, self.run = config, Path(run)
         self.run.mkdir(parents=True, exist_ok=True)
         self._keep_config()
+        inputs.keep(self.run, inputs.data_inputs(config) | inputs.code_inputs(config))
 
     def _keep_config(self) -> None:
-        """The resolved configuration is written once; a run folder never mixes two configurations."""
+        """The resolved configuration is written once."""
         path, text = self.run / "config.json", self.config.model_dump_json(indent=1) + "\n"
         if not path.exists():
             write_text(path, text)
             return
-        kept = Config.model_validate_json(path.read_text()).model_dump()
+        kept = configuration.check(read_json(path), str(path)).model_dump()
         changed = sorted(_differing(kept, self.config.model_dump()))
         if changed:
             raise ConfigError(
@@ -110,7 +116,11 @@ class Experiment:
 
     @cached_property
     def tokenizer(self):
-        return models.load_tokenizer(self.config.model, self.task.alphabet if self.task else None)
+        """That of the base model, which every phase needs: here is where the base model is seen to be the same."""
+        model = self.config.model
+        if model.path:
+            inputs.keep(self.run, {"model": model_digests(model.path, model.gguf_file)})
+        return models.load_tokenizer(model, self.task.alphabet if self.task else None)
 
     def encode_prompt(self, example: Example) -> list[int]:
         """Token ids up to where the answer starts; through the chat template where there is one."""

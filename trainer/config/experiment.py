@@ -33,6 +33,7 @@ class Config(Section):
     leakage: Leakage = Leakage()
     micro_batch_tokens: Positive = Field(16384, description="padded tokens per forward/backward pass")
     checkpoint_every: Positive = Field(20, description="steps between checkpoints of a training phase")
+    keep_checkpoints: Positive = Field(2, description="of a training phase; a damaged one is passed over")
     wandb: bool = Field(False, description="also log to Weights & Biases (the package must be installed)")
 
     @property

@@ -43,12 +43,15 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
         against_start = rl.reward_model and "sft" in (preset.online_reference, preset.td_reference)
         if rl.kl_coef or self_guided or against_start:
             reference = experiment.start_policy().eval()
-        training = Training(experiment, folder, rl.steps, models, optimizers, show=SHOW, state={"cursor": 0})
+        training = todo.enter_context(
+            Training(experiment, folder, rl.steps, models, optimizers, show=SHOW, state={"cursor": 0})
+        )
 
         for step in training.steps():
             experiment.seed("rl", name, step)
             batch = collect(experiment, policy, preset, training.state["cursor"], rl.max_rounds)
             training.state["cursor"] = batch.cursor
+            training.uses(batch.answers, rewards=batch.rewards_B.tolist(), groups=batch.groups_B.tolist())
             policy.eval()
             old = old_policy(experiment, policy, preset, batch)
             ref_N = None if reference is None else sampled_logprobs(experiment, reference, batch.answers)

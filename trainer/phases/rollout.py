@@ -1,7 +1,6 @@
 """Answers sampled from the starting policy, verified, with their reference log-probs: data for reward models."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -15,6 +14,7 @@ from ipvrm_core.trainer.metrics import MetricsLog, read_metrics
 from ipvrm_core.trainer.models import head_of
 from ipvrm_core.trainer.phases.training import phase_folder
 from ipvrm_core.trainer.rollouts import Sample, generate
+from ipvrm_core.trainer.shards import Shards
 from ipvrm_core.trainer.verify import Verdict
 from ipvrm_core.trainer.verify.base import Status
 
@@ -49,7 +49,8 @@ def generation_settings(experiment: Experiment) -> dict:
 
 
 def run(experiment: Experiment, resume: bool = False) -> None:
-    """Sample shard by shard; writes rollout/shards/*.json, a line for each in metrics.jsonl, and summary.json."""
+    """Sample shard by shard; writes rollout/shards/*.json and their manifest, a line for each in metrics.jsonl, and
+    summary.json."""
     config, rollout = experiment.config, experiment.config.rollout
     if rollout is None:
         raise ValueError("the configuration has no [rollout] section")
@@ -60,8 +61,7 @@ def run(experiment: Experiment, resume: bool = False) -> None:
         model = experiment.start_policy().eval()
         head = head_of(model)
         temperature = config.generation.temperature
-        shards = folder / "shards"
-        shards.mkdir(exist_ok=True)
+        shards = Shards(folder)
 
         def reference(hidden, batch, _):
             ids = batch.targets_N[:, None]
@@ -69,7 +69,7 @@ def run(experiment: Experiment, resume: bool = False) -> None:
             return (found.logprobs_NK[:, 0],)
 
         starts = range(0, rollout.prompts, rollout.batch)
-        done = len(list(shards.glob("*.json")))
+        done = shards.whole()
         with MetricsLog(folder, "rollout", len(starts), done, show=("accuracy", "tokens")) as metrics:
             for number, start in list(enumerate(starts))[done:]:
                 experiment.seed("rollout", number)
@@ -97,12 +97,12 @@ def run(experiment: Experiment, resume: bool = False) -> None:
                 # The line goes first: without its shard it is dropped when the phase goes on, and both are made again.
                 right = sum(row["correct"] for row in rows)
                 metrics.log(number + 1, accuracy=right / len(rows), answers=len(rows), tokens=sum(lengths))
-                write_json(shards / f"{number:05d}.json", rows)
-        write_json(folder / "summary.json", {**summarize(shards), **cost(read_metrics(metrics.path))})
+                shards.add(number, rows)
+        write_json(folder / "summary.json", {**summarize(shards.rows()), **cost(read_metrics(metrics.path))})
 
 
-def summarize(shards: Path) -> dict:
-    rows = [row for path in sorted(shards.glob("*.json")) for row in json.loads(path.read_text())]
+def summarize(rows: Iterable[dict]) -> dict:
+    rows = list(rows)
     groups: dict[int, list[bool]] = {}
     for row in rows:
         groups.setdefault(row["prompt"], []).append(row["correct"])
@@ -128,14 +128,18 @@ def cost(lines: list[dict]) -> dict[str, float]:
 
 
 def read(folder: Path) -> list[Rollouts]:
-    """All rollouts in prompt order. FileNotFoundError when the phase has not finished."""
+    """All rollouts in prompt order. FileNotFoundError when the phase has not finished; ValueError for damaged ones."""
     if not (folder / "summary.json").exists():
         raise FileNotFoundError(f"{folder} has no finished rollouts: run `ipvrm rollout` first")
     groups: dict[int, Rollouts] = {}
-    for path in sorted((folder / "shards").glob("*.json")):
-        for row in json.loads(path.read_text()):
-            group = groups.setdefault(row["prompt"], Rollouts(row["prompt"], [], [], []))
-            group.answers.append(Answer(row["prompt_ids"], row["response_ids"]))
-            group.correct.append(row["correct"])
-            group.ref_logprobs.append(row["ref_logprobs"])
+    try:
+        rows = list(Shards(folder).rows())
+    except (OSError, ValueError) as error:
+        advice = f"delete {folder / 'summary.json'}, and `ipvrm rollout --resume` samples it again"
+        raise ValueError(f"{error}; put it back, or {advice}") from None
+    for row in rows:
+        group = groups.setdefault(row["prompt"], Rollouts(row["prompt"], [], [], []))
+        group.answers.append(Answer(row["prompt_ids"], row["response_ids"]))
+        group.correct.append(row["correct"])
+        group.ref_logprobs.append(row["ref_logprobs"])
     return [groups[prompt] for prompt in sorted(groups)]

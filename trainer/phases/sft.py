@@ -24,11 +24,14 @@ def run(experiment: Experiment, resume: bool = False) -> None:
         model = experiment.trainable(experiment.base_model(), "sft").train()
         optimizer = make_optimizer(model, sft.optim)
         show = ("nll", "grad_norm", "accuracy")
-        training = Training(experiment, folder, sft.steps, {"model": model}, {"model": optimizer}, show=show, every=10)
+        training = todo.enter_context(
+            Training(experiment, folder, sft.steps, {"model": model}, {"model": optimizer}, show=show, every=10)
+        )
         for step in training.steps():
             experiment.seed("sft", step)
             examples = experiment.examples("sft", (step - 1) * sft.batch, sft.batch)
             answers = [experiment.demonstration(example) for example in examples]
+            training.uses(answers, examples=[example.id for example in examples])
             tokens = sum(len(answer.response_ids) for answer in answers)
             total = 0.0
             for part in micro_batches(answers, config.micro_batch_tokens):

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
+from ipvrm_core.trainer.ending import die_with_parent
 from ipvrm_core.trainer.verify.base import Verdict
 
 Judge = Callable[[str, str], "bool | Verdict"]
@@ -96,6 +97,7 @@ def _serve(path: str, pipe: Connection) -> None:
     """The life of a worker process: load, report, then one answer an item until the pipe closes."""
     # Ctrl-C reaches the whole process group; the parent decides what becomes of its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
     try:
         judge = load_judge(path)
     except BaseException:
