@@ -56,7 +56,7 @@ def test_scores_against_plain_logits(tmp_path, scorer):
 
 
 def test_official_hides_the_padding_token(tmp_path):
-    """The "e" closes every turn and stands in "Step": where it is the padding token, the script's mask leaves it out."""
+    """The "e" closes every turn and stands in "Step"; where it is the padding token, the script's mask hides it."""
     scorer, problems = log_ratio_scorer(), load_processbench(made_up(tmp_path))
     apart = processbench.score(scorer, problems, official.FORMAT, max_tokens=150, with_official=True)
     scorer.tokenizer.pad_token = "e"
@@ -138,9 +138,11 @@ def test_parts_go_on_and_are_checked(tmp_path, scorer):
     assert len(read_scores([parts.folder])[0]) == 4
     other = [{**row, "steps": ["2*3=6.", *row["steps"][1:]]} if row is ROWS[1] else row for row in ROWS]
     problems = load_processbench(made_up(tmp_path / "other", other))
-    with pytest.raises(ValueError, match=r"gsm8k.parts holds scores made in another way \(texts\); take another --out"):
+    with pytest.raises(
+        ValueError, match=r"gsm8k.parts holds scores made in another way \(problems\); take another --out"
+    ):
         processbench.score(scorer, problems, Format(), max_tokens=60, parts=parts)
-    with pytest.raises(ValueError, match=r"made in another way \(model, texts\)"):
+    with pytest.raises(ValueError, match=r"made in another way \(model, problems\)"):
         Parts(parts.folder, {"model": "y"}).read()
     parts.remove()
     assert not parts.folder.exists()

@@ -22,9 +22,11 @@ ROWS = [
 
 
 def made_up(folder: Path, rows=ROWS, name: str = "gsm8k") -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps([{"id": f"{name}-{i}", **row} for i, row in enumerate(rows)]))
+    other = "" if name == "gsm8k" else "?"  # no problem twice
+    rows = [{"id": f"{name}-{i}", **row, "problem": row["problem"] + other} for i, row in enumerate(rows)]
+    path.write_text(json.dumps(rows))
     return path
 
 
@@ -87,12 +89,8 @@ def plain_scores(scorer: Scorer, ids: list[int], start: int, unseen: int | None 
         return (hidden @ head.weight[0] + head.bias)[start:].numpy()
 
     def logprobs(one):
-        return (
-            one(input_ids=row, attention_mask=mask)
-            .logits[0, :-1]
-            .log_softmax(-1)
-            .gather(1, row[0, 1:, None])[start - 1 :, 0]
-        )
+        logits = one(input_ids=row, attention_mask=mask).logits[0, :-1]
+        return logits.log_softmax(-1).gather(1, row[0, 1:, None])[start - 1 :, 0]
 
     ours = logprobs(scorer.model)
     if scorer.kind == "log-ratio":

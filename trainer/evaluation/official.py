@@ -7,9 +7,9 @@ What differs from ours (read from process_bench/process_eval.py of gaoshiping/IP
 * a mean divides by one less than the number of tokens summed;
 * sigma(0.001 * sum) is cut by 1000 equidistant thresholds in [-1, 1]: of those, about one for every 8 nats;
 * sums are float32;
-* every token equal to the padding token is masked in attention, in problem and answer too, though it is still scored. The
-  padding token is the tokenizer's own, or EOS where it has none: where it also ends the turns (pad = eos, as in SmolLM2)
-  nothing sees the end of the user's turn; where it is a token of its own (Qwen) nothing changes.
+* every token equal to the padding token is masked in attention, in problem and answer too, though it is still scored.
+  The padding token is the tokenizer's own, or EOS where it has none: where it also ends the turns (pad = eos, as in
+  SmolLM2) nothing sees the end of the user's turn; where it is a token of its own (Qwen) nothing changes.
 """
 
 from collections.abc import Sequence
