@@ -42,7 +42,7 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from ipvrm_core.trainer.evaluation import processbench_results
+    from ipvrm_core.trainer.evaluation import processbench_results, processbench_tables
     from ipvrm_core.trainer.evaluation.processbench_files import read_scores, read_sources
     from ipvrm_core.trainer.files import locked, write_json
 
@@ -63,7 +63,7 @@ def run(options) -> None:
     skipped = [
         f"{name}: {source['skipped']} rows left out" for name, source in sources.items() if source.get("skipped")
     ]
-    print(said(origin), *skipped, "", processbench_results.markdown(result), sep="\n")
+    print(said(origin), *skipped, "", processbench_tables.markdown(result), sep="\n")
 
 
 def _check(options) -> None:

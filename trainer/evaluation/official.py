@@ -70,5 +70,5 @@ def variants(reward: Sequence[float], lengths: Sequence[int]) -> dict[str, np.nd
 
 
 def best_f1(probabilities: Sequence[Sequence[float]], labels: Sequence[int]) -> F1:
-    """The best F1 of the script's grid, of equal ones the first; no other threshold is tried."""
-    return Sweep.make(probabilities, labels, np.linspace(-1, 1, THRESHOLDS)).best()
+    """The best F1 of the script's grid, of equal ones the first; no other threshold is tried. nan of one kind alone."""
+    return Sweep.make(probabilities, labels, np.linspace(-1, 1, THRESHOLDS), one_kind=True).best()
