@@ -5,6 +5,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 MODEL = "name or folder of a Hugging Face model, or FOLDER/FILE.gguf"
+BETA = "factor of every token score (default: 10 for log-ratios, 1 for value heads and log-probs)"
 
 
 def scorer_options(parser: ArgumentParser, required: bool) -> None:
