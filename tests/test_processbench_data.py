@@ -3,6 +3,7 @@
 import gzip
 import json
 import logging
+import re
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,59 @@ def test_files_of_a_folder(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         assert {p.subset for p in load_processbench(tmp_path / "deep")} == {"top"}
     assert "data in subfolders are not read: data" in caplog.text
+
+
+PRMBENCH = {
+    "idx": "x0",
+    "original_question": "1?",
+    "modified_question": "1?",
+    "original_process": ["1. a", "2. b"],
+    "modified_process": ["1. a", "2. c", "3. d"],
+    "error_steps": [2, 3],
+    "classification": "circular",
+}
+MISTAKES = [
+    {"input": "1?", "steps": ["a", "b"], "answer": "2", "target": "2", "mistake_index": None},
+    {"input": "2?", "steps": ["a", "b"], "answer": "3", "target": "2", "mistake_index": 0},
+]
+
+
+def prm800k(ratings, reason, steps=("a", "b")):
+    question = {
+        "problem": reason,
+        "pre_generated_steps": steps,
+        "pre_generated_answer": "1",
+        "ground_truth_answer": "2",
+    }
+    labels = [{"completions": [{"text": "a", "rating": rating}, {"text": "z", "rating": -1}]} for rating in ratings]
+    return {
+        "question": question,
+        "label": {"steps": labels, "finish_reason": reason},
+        "is_quality_control_question": False,
+    }
+
+
+@pytest.mark.parametrize(
+    ("source", "rows", "labels"),
+    [
+        ("prmbench.jsonl", [PRMBENCH, {**PRMBENCH, "idx": "x1", "error_steps": [1]}], [1, -1, 0]),
+        ("multistep_arithmetic.jsonl", MISTAKES, [-1, 0]),
+        (
+            "phase2_test.jsonl",
+            [prm800k([0, -1], "found_error"), prm800k([1, 1], "solution"), prm800k([1], "give_up")],
+            [1, -1],
+        ),
+    ],
+)
+def test_the_conversions_of_the_guide(tmp_path, monkeypatch, source, rows, labels):
+    """Its very code, on rows of the layout that the data sets' own pages describe."""
+    guide = (Path(__file__).resolve().parents[1] / "docs" / "evaluate-your-own-steps.md").read_text()
+    (code,) = [block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if source in block]
+    monkeypatch.chdir(tmp_path)
+    Path("converted").mkdir()
+    Path(source).write_text("\n".join(map(json.dumps, rows)))
+    exec(code, {})
+    assert [problem.label for problem in load_processbench("converted")] == labels
 
 
 def test_the_published_files():
