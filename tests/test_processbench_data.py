@@ -65,6 +65,9 @@ def test_bad_rows(tmp_path, change, message):
 def test_bad_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no \.json"):
         load_processbench(tmp_path / "nothing")
+    (tmp_path / "notes.txt").write_text("x")
+    with pytest.raises(ValueError, match=r"notes.txt must be a .jsonl, .json, .parquet file"):
+        load_processbench(tmp_path / "notes.txt")
     (tmp_path / "a.json").write_text('[{"problem": "x"}]')
     with pytest.raises(ValueError, match=r"row 0: no column steps, label; it has \['problem'\]"):
         load_processbench(tmp_path)
@@ -76,7 +79,7 @@ def test_all_bad_rows_at_once_or_without_them(tmp_path):
     rows = [{**row, "label": label} for label in (-1, 7, 8, 7, None) for row in ROWS[:1]] + ROWS[1:]
     folder = made_up(tmp_path / "data", rows).parent
     made_up(folder, [ROWS[0], {**ROWS[1], "steps": []}], "mine")
-    with pytest.raises(ValueError, match="5 rows cannot be used; repair them, or leave them out") as caught:
+    with pytest.raises(ValueError, match="5 rows cannot be used; repair or leave out") as caught:
         load_processbench(folder)
     assert [line.partition("data/")[2] for line in str(caught.value).splitlines()[1:]] == [
         "gsm8k.json, rows 1, 3: label must be -1 (all right) or a step, 0 .. 1; got 7",

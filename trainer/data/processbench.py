@@ -79,10 +79,11 @@ def read_subsets(path: str | Path, limit: int | None = None, layout: Layout = La
         subset = _subset(file, layout, seen)
         seen |= {_content(problem): file for problem in subset.problems}
         subsets.append(subset)
-    if layout.bad_rows == "refuse" and any(subset.skipped for subset in subsets):
+    bad = sum(len(subset.skipped) for subset in subsets)
+    if bad and layout.bad_rows == "refuse":
         raise ValueError(
-            f"{sum(len(subset.skipped) for subset in subsets)} rows cannot be used; repair them, or leave them out "
-            "(--bad-rows skip):\n" + "\n".join(f"  {line}" for subset in subsets for line in skipped_lines(subset))
+            f"{bad} row{'s' if bad > 1 else ''} cannot be used; repair or leave out (--bad-rows skip):\n"
+            + "\n".join(f"  {line}" for subset in subsets for line in skipped_lines(subset))
         )
     for subset in subsets:
         if not subset.problems:
@@ -106,6 +107,8 @@ def _ranges(numbers: Sequence[int]) -> str:
 
 def _files(path: Path) -> list[Path]:
     if path.is_file():
+        if not data_suffix(path):
+            raise ValueError(f"{path} must be a {', '.join(SUFFIXES)} file, the first two also as .gz")
         return [path]
     found = [file for file in sorted(path.glob("*")) if data_suffix(file) and file.is_file() and file.name[0] != "."]
     below = sorted({file.parent for file in path.glob("*/*") if data_suffix(file) and file.parent.name[0] != "."})
