@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ipvrm_core.trainer.benchmarks import PRESETS
-from ipvrm_core.trainer.cli_models import MODEL, quiet
+from ipvrm_core.trainer.cli_models import MODEL, model_files, quiet
 
 
 def add(commands) -> None:
@@ -47,8 +47,9 @@ def run(options) -> None:
     sampling = sampled_answers.Sampling(**{name: getattr(options, name) for name in names})
     origin = {name: getattr(options, name) for name in ("model", "dtype", "system_prompt", "verifier")}
     origin |= {"data": source.model_dump(exclude_defaults=True), "sampling": asdict(sampling)}
+    origin["files"] = {**_data_files(source), **model_files(model=options.model)}
     parts = options.out.with_name(f"{options.out.name}.parts")
-    _check_old(options, parts)
+    _check_old(options, parts, origin["files"])
 
     groups = by_group(source, options.preset or Path(options.data).stem, read_source(source))
     if options.answers:
@@ -82,12 +83,25 @@ def _source(options):
     return check(raw, options.data, Source)
 
 
-def _check_old(options, parts: Path) -> None:
-    """ValueError rather than writing over a result, or going on with old answers unasked."""
+def _data_files(source) -> dict[str, str]:
+    from ipvrm_core.trainer.identity import data_digests
+
+    found = data_digests(source.path, source.split, source.config)
+    return {f"data/{name}": digest for name, digest in found.items()}
+
+
+def _check_old(options, parts: Path, files: dict[str, str]) -> None:
+    """ValueError rather than writing over a result, or going on with old answers unasked or from other files."""
+    from ipvrm_core.trainer.identity import differing
+
     if options.out.exists():
         raise ValueError(f"{options.out} exists already; take another --out")
     if parts.exists() and not options.resume:
         raise ValueError(f"{parts} holds the answers of a stopped command; pass --resume to go on, or remove it")
+    kept = parts / "origin.json"
+    changed = differing(json.loads(kept.read_text()).get("files", {}), files) if kept.exists() else []
+    if changed:
+        raise ValueError(f"{parts} holds answers made before {', '.join(changed)} changed; remove it to begin anew")
 
 
 def _check_readable(groups) -> None:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from ipvrm_core.trainer import cli_accuracy, cli_processbench
+from ipvrm_core.trainer import cli_accuracy, cli_inspect, cli_processbench
 from ipvrm_core.trainer.cli_models import (
+    BETA,
     MODEL,
     beta_of,
     form_of,
@@ -12,73 +13,20 @@ from ipvrm_core.trainer.cli_models import (
     load_scorer_of,
     max_length_of,
     model_options,
-    newlines,
     origin_of,
     quiet,
     said,
     scorer_options,
 )
 
-BETA = "factor of every token score (default: 10 for log-ratios, 1 for value heads and log-probs)"
-
 
 def add(commands) -> None:
     """Add every command of this file to the parser's subcommands."""
     cli_processbench.add(commands)
     cli_accuracy.add(commands)
-    _inspect(commands)
+    cli_inspect.add(commands)
     _best_of_n(commands)
     _candidates(commands)
-
-
-def _inspect(commands) -> None:
-    help = "Show one answer token by token: TD advantages, values, step scores, candidates; writes an HTML page."
-    parser = commands.add_parser("inspect", help=help, description=help)
-    scorer_options(parser, required=True)
-    format_options(parser)
-    text = parser.add_argument_group("the text: either --problem and --answer, or --data and --id")
-    text.add_argument("--problem", help="text of the problem, or @FILE")
-    text.add_argument("--answer", help="text of the answer, or @FILE; --joiner cuts it into steps")
-    text.add_argument("--data", type=Path, help="a ProcessBench file or folder")
-    text.add_argument("--id", help="which of its problems")
-    parser.add_argument("--out", type=Path, required=True, help="the page, FILE.html")
-    parser.add_argument("--beta", type=float, help=BETA)
-    parser.add_argument("--p-min", type=float, default=0.05, help="least probability of a candidate")
-    parser.add_argument("--sigma", type=float, help="sigma_V of training (default: spread of this answer's values)")
-    parser.add_argument("--threshold", type=float, help="mark the first step whose process score is below it")
-    parser.set_defaults(function=run_inspect)
-
-
-def run_inspect(options) -> None:
-    from ipvrm_core.trainer.report.inspection import inspect, write_page
-
-    problem, steps, label, title = _text(options)
-    form = form_of(options)
-    settings = {name: getattr(options, name) for name in ("p_min", "sigma", "threshold")}
-    scorer = load_scorer_of(options)
-    settings["beta"] = beta_of(options, scorer)
-    shown = inspect(scorer, problem, steps, form, label=label, **settings)
-    write_page(options.out, shown, title)
-    print(options.out)
-
-
-def _text(options) -> tuple[str, list[str], int | None, str]:
-    """(problem, steps, label, title of the page)."""
-    from ipvrm_core.trainer.data.processbench import load_processbench
-
-    if bool(options.data and options.id) == bool(options.problem and options.answer):
-        raise ValueError("pass either --problem and --answer, or --data and --id")
-    if options.data:
-        found = [item for item in load_processbench(options.data) if item.id == options.id]
-        if not found:
-            raise ValueError(f"{options.data} has no problem with id {options.id!r}")
-        return found[0].problem, list(found[0].steps), found[0].label, f"{found[0].id} · {found[0].generator}"
-    problem, answer = (
-        Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text
-        for text in (options.problem, options.answer)
-    )
-    steps = [step for step in answer.strip().split(newlines(options.joiner)) if step.strip()]
-    return problem, steps, None, f"{options.model}"
 
 
 def _best_of_n(commands) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ipvrm_core.trainer.files import naming, write_text
+from ipvrm_core.trainer.progress import Progress
 
 
 class MetricsLog:
@@ -37,7 +38,7 @@ class MetricsLog:
         self.file = open(self.path, "a")  # noqa: SIM115 - closed in close()
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         self.wandb = wandb_run
-        self.bar = tqdm(total=total, initial=done, desc=label, disable=None, dynamic_ncols=True, unit="step")
+        self.bar = Progress(label, total, done)
         self.first = done
         self.clock = self.began = time.perf_counter()
 

@@ -32,7 +32,7 @@ def reference_logprobs(experiment: Experiment, model: nn.Module, answers: Sequen
             raise ValueError(f"{path} must hold {count} log-probs; got {tuple(logprobs_N.shape)}. Delete it")
         tqdm.write(f"reference log-probs of {len(answers)} answers read from {path}")
         return logprobs_N
-    logprobs_N = sampled_logprobs(experiment, model.eval(), answers).float().cpu()
+    logprobs_N = sampled_logprobs(experiment, model.eval(), answers, "reference log-probs").float().cpu()
     if not logprobs_N.isfinite().all():
         raise ValueError("the reference gives a token of the data probability 0: its log-ratio is infinite")
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,15 @@
 """Reads examples from JSONL, JSON and Parquet files and from the Hugging Face hub, with named columns."""
 
+import gzip
 import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ipvrm_core.trainer.data.example import Example
 
@@ -15,6 +17,7 @@ _log = logging.getLogger(__name__)
 
 ROLES = ("prompt", "answer", "solution", "id")
 SUFFIXES = (".jsonl", ".json", ".parquet")  # of files; anything else is a name for `datasets`
+PACKED = ".gz"  # behind the first two; large and small letters are the same
 
 
 def load_examples(
@@ -31,8 +34,8 @@ def load_examples(
 ) -> list[Example]:
     """The rows of a data set as examples, in its order.
 
-    path_or_name     a .jsonl, .json (a list of objects) or .parquet file; anything else is what `datasets.load_dataset`
-                     takes, a hub name or a folder.
+    path_or_name     a .jsonl, .json (a list of objects) or .parquet file, the first two also as .gz; anything else is
+                     what `datasets.load_dataset` takes, a hub name or a folder.
     split, config    split and configuration of a hub data set; the split is required there, and a file takes neither.
     columns          role -> column. Roles: "prompt" (required), "answer" (left out: ""), "solution" (left out: None),
                      "id" (left out: file name and row number). Dots reach into nested columns, as in
@@ -50,7 +53,7 @@ def load_examples(
     columns = {"prompt": "prompt", "answer": "answer"} if columns is None else dict(columns)
     _check_arguments(columns, prompt_template, limit)
     pattern = _compiled(answer_pattern)
-    source = Path(path_or_name).stem
+    source = data_stem(path_or_name)
     examples, dropped = [], 0
     for index, row in enumerate(read_rows(path_or_name, split, config, limit)):
         where = f"{path_or_name}, row {index}"
@@ -103,6 +106,20 @@ def _compiled(answer_pattern: str | None) -> re.Pattern[str] | None:
     return pattern
 
 
+def data_suffix(path: str | Path) -> str | None:
+    """Which of SUFFIXES a name has, None for any other: ".jsonl" of "a.jsonl", "A.JSONL" and "a.jsonl.gz"."""
+    name = Path(path).name.lower()
+    packed = name.endswith(PACKED)
+    suffix = Path(name.removesuffix(PACKED)).suffix
+    return suffix if suffix in SUFFIXES[: 2 if packed else 3] else None
+
+
+def data_stem(path: str | Path) -> str:
+    """A data file's name without its suffixes."""
+    path = Path(path)
+    return Path(path.stem).stem if path.suffix.lower() == PACKED else path.stem
+
+
 def read_rows(
     path_or_name: str | Path, split: str | None = None, config: str | None = None, limit: int | None = None
 ) -> list[dict[str, Any]]:
@@ -112,7 +129,7 @@ def read_rows(
 
 def _rows(path_or_name: str | Path, split: str | None, config: str | None) -> Iterable[dict[str, Any]]:
     path = Path(path_or_name)
-    reader = dict(zip(SUFFIXES, (_jsonl_rows, _json_rows, _parquet_rows), strict=True)).get(path.suffix)
+    reader = dict(zip(SUFFIXES, (_jsonl_rows, _json_rows, _parquet_rows), strict=True)).get(data_suffix(path))
     if reader is None:
         return _hub_rows(str(path_or_name), split, config)
     if split is not None or config is not None:
@@ -125,25 +142,47 @@ def _rows(path_or_name: str | Path, split: str | None, config: str | None) -> It
 
 
 def _jsonl_rows(path: Path) -> Iterable[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-            yield _as_row(row, f"{path}, line {number}")
+    with _open(path) as file:
+        for number, line in enumerate(_lines(file, path), start=1):
+            where = f"{path}, line {number}"
+            text = _decoded(line, where)
+            if text.strip():
+                yield _as_row(_parsed(text, where), where)
 
 
 def _json_rows(path: Path) -> Iterable[dict[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    with _open(path) as file:
+        rows = _parsed(_decoded(b"".join(_lines(file, path)), str(path)), str(path))
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a list of objects; got {type(rows).__name__}")
     return [_as_row(row, f"{path}, row {index}") for index, row in enumerate(rows)]
+
+
+def _open(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.suffix.lower() == PACKED else path.open("rb")
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    try:
+        yield from file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not gzip, or cut short: {error}") from error
+
+
+def _decoded(data: bytes, where: str) -> str:
+    """UTF-8, with or without a byte order mark."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = f"byte 0x{data[error.start]:02x} at {error.start}"
+        raise ValueError(f"{where}: not UTF-8: {at} ({error.reason}); save the file as UTF-8") from error
+
+
+def _parsed(text: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
 
 
 def _as_row(row: object, where: str) -> dict[str, Any]:
