@@ -130,8 +130,12 @@ class Experiment:
 
     @cached_property
     def verifier(self):
-        settings = self.config.verifier
-        return make_verifier(settings.kind, timeout_s=settings.timeout_s, workers=settings.workers)
+        return make_verifier(self.config.verifier.kind, **self.config.verifier.settings)
+
+    @property
+    def unfinished(self) -> str:
+        """What becomes of answers cut at the limit of tokens."""
+        return self.config.verifier.unfinished
 
     # ---- models
 

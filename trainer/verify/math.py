@@ -46,6 +46,20 @@ def judge(response: str, gold: str) -> Verdict:
     return Verdict(_any_equal(parse_gold(gold), candidates), "ok", extracted)
 
 
+def judge_boxed(response: str, gold: str) -> Verdict:
+    r"""The verdict on the last \boxed{} alone: numbers on the way to an answer are none."""
+    boxed = last_boxed(answer_window(response))
+    return judge(f"\\boxed{{{boxed}}}", gold) if boxed else Verdict(False, "no_answer")
+
+
+def equal(first: str, second: str) -> bool:
+    """Whether two final answers are the same, in either order; an equation of numbers is like its own text alone."""
+    if first == second or is_numeric_equation(first) or is_numeric_equation(second):
+        return first == second
+    one, other = parse_gold(first), parse_gold(second)
+    return _any_equal(one, list(other)) or _any_equal(other, list(one))
+
+
 def answer_window(response: str) -> str:
     r"""The last MAX_CHARS characters, or those from the last \boxed on where it lies before them.
 
