@@ -130,7 +130,8 @@ class Experiment:
 
     @cached_property
     def verifier(self):
-        return make_verifier(self.config.verifier.kind, **self.config.verifier.settings)
+        settings = self.config.verifier
+        return make_verifier(settings.kind, max_errors=settings.max_errors, **settings.limits)
 
     @property
     def unfinished(self) -> str:

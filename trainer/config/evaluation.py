@@ -53,9 +53,9 @@ class Verifier(Section):
     workers: Annotated[Positive, Field(le=1024)] = 2
 
     @property
-    def settings(self) -> dict:
-        """Of `make_verifier`, besides the kind."""
-        return self.model_dump(exclude={"kind", "unfinished"})
+    def limits(self) -> dict:
+        """Of the worker processes."""
+        return {name: getattr(self, name) for name in ("timeout_s", "memory_gib", "workers")}
 
 
 class Leakage(Section):

@@ -90,8 +90,9 @@ class PooledVerifier:
     def _complaint(self, failures, done: int, total: int, responses: Sequence[str], golds: Sequence[str]) -> str:
         index = min(failures)
         cut = "..." if len(responses[index]) > 200 else ""
+        judged = f"all {total} answers" if done == total else f"the first {done} of {total} answers"
         return (
-            f"{self._judge} gave no verdict on {len(failures)} of {done} answers (of {total}), more than the share of "
+            f"{self._judge} gave no verdict on {len(failures)} of {judged}, more than the share of "
             f"{self._max_errors:g} that verifier.max_errors allows. The first, answer {index}: {failures[index]}; "
             f"its gold answer is {golds[index]!r}, it ends in {cut}{responses[index][-200:]!r}"
         )
