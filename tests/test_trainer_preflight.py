@@ -1,8 +1,6 @@
 """What is refused before a run folder is made: judges, names, patterns, sizes, prompts too long; runaway templates."""
 
 import json
-import subprocess
-import sys
 import time
 
 import pytest
@@ -137,6 +135,7 @@ def test_empty_prompts_and_solutions(tmp_path, row, says):
 LOOPS = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
 RUNAWAYS = {
     "for ever": LOOPS,
+    "a power": "{% set nine = messages|length + 8 %}{{ nine ** (nine ** nine) }}",
     "too much memory": "{{ 'x' * messages[0]['content']|length * 10**10 }}",
     "too much text": "{{ 'x' * 11000000 }}",
     "broken": "{{ messages[7]['content'] + 1 }}",
@@ -155,13 +154,6 @@ def test_a_chat_template_that_runs_away(monkeypatch, kind):
     with pytest.raises(ValueError, match=r"^example e-7: the chat template (refuses|makes 11000000)"):
         encode_prompt(tokenizer, Example("e-7", "1+2?", "3"))
     assert time.monotonic() - begun < 5
-
-
-def test_what_python_cannot_interrupt_ends_the_process():
-    code = "from ipvrm_core.trainer.limits import limited\nnine = 9\nwith limited(0.1, 1): nine**nine**nine"
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert ended.returncode == 1
-    assert "Timeout (0:00:00.2" in ended.stderr
 
 
 def test_limits_are_gone_afterwards():

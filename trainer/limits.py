@@ -1,6 +1,5 @@
 """Limits of time and memory for code that comes with data: judges and chat templates."""
 
-import faulthandler
 import resource
 import signal
 import sys
@@ -25,20 +24,14 @@ def limit_memory(gib: float) -> None:
 
 @contextmanager
 def limited(seconds: float, gib: float) -> Iterator[None]:
-    """TimeoutError or MemoryError inside, for what takes longer or more.
-
-    Python alone can be interrupted, and in the main thread alone. What cannot be, as 9**9**9, ends the process after
-    twice the time, with a traceback.
-    """
+    """TimeoutError or MemoryError inside, for what takes longer (in the main thread alone) or more."""
     before = resource.getrlimit(resource.RLIMIT_AS)
     in_main = threading.current_thread() is threading.main_thread()
     limit_memory(gib)
-    faulthandler.dump_traceback_later(2 * seconds, exit=True, file=2)
     try:
         with _alarm(seconds) if in_main else nullcontext():
             yield
     finally:
-        faulthandler.cancel_dump_traceback_later()
         resource.setrlimit(resource.RLIMIT_AS, before)
 
 
