@@ -50,7 +50,7 @@ def test_a_step_without_mixed_prompts_is_skipped_and_a_resume_is_bit_equal(polic
     straight = policy_run("a", mixed, steps=6, max_skipped=3)
     distrl.run(straight, "x")
     said = capsys.readouterr().out
-    assert "rl/x step 2 is skipped: none of 4 prompts had both right and wrong answers (accuracy 1)" in said
+    assert "rl/x step 2 is skipped: none of 4 prompts had both right and wrong answers (accuracy 1, 0 prompts " in said
     lines = _lines(straight)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert [line["kept_prompts"] for line in lines] == [2, 0, 0, 2, 2, 0]

@@ -206,7 +206,9 @@ def test_a_share_of_errors_over_the_limit_stops_and_names_the_first_sample(judge
         if not stops:
             assert sum(not verdict.decided for verdict in verifier(responses, ["7"] * 100)) == broken
             return
-        with pytest.raises(BrokenJudgeError, match=r"on 6 of all 100 answers, .*max_errors allows") as caught:
+        with pytest.raises(
+            BrokenJudgeError, match=r"on 6 of all 100 answers, more than max_errors = 0.05 allows"
+        ) as caught:
             verifier(responses, ["7"] * 100)
     assert "The first, answer 94: RuntimeError: bad thing; its gold answer is '7'" in str(caught.value)
     assert "ends in 'raise bad thing'" in str(caught.value)

@@ -31,6 +31,12 @@ def add(commands) -> None:
         "(default: math)",
     )
     parser.add_argument(
+        "--max-errors",
+        type=float,
+        default=0.05,
+        help="share of answers that may stay without a verdict (default: 0.05)",
+    )
+    parser.add_argument(
         "--unfinished",
         choices=("judge", "wrong"),
         default="judge",
@@ -67,7 +73,7 @@ def run(options) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     quiet()
     tokenizer, model = load_language_model(options.model, options.dtype, options.device)
-    with make_verifier(options.verifier) as verifier:
+    with make_verifier(options.verifier, max_errors=options.max_errors) as verifier:
         asker = sampled_answers.Asker(tokenizer, verifier, options.system_prompt, options.unfinished)
         made = sampled_answers.sample_parts(parts, asker, model, groups, sampling, origin)
     result = {"origin": origin, **sampled_answers.summarise(made, sampling.samples)}

@@ -100,10 +100,10 @@ def _skipped(training: Training, rl: Rl, step: int, batch: Collected) -> bool:
     training.log(step, **batch.numbers)
     label, count, (low, high) = training.metrics.label, training.state["skipped"], rl.resolved().accuracy_range
     within = "" if (low, high) == (0, 1) else f" and an accuracy in [{low:g}, {high:g}]"
-    sampled, accuracy = batch.numbers["sampled_prompts"], batch.numbers["accuracy"]
+    sampled, unjudged, accuracy = (batch.numbers[key] for key in ("sampled_prompts", "unjudged_prompts", "accuracy"))
     tqdm.write(
         f"{label} step {step} is skipped: none of {sampled} prompts had both right and wrong answers{within} "
-        f"(accuracy {accuracy:.3g})"
+        f"(accuracy {accuracy:.3g}, {unjudged} prompts without all verdicts)"
     )
     if count >= rl.max_skipped:
         training.state["stopped"] = True

@@ -78,22 +78,23 @@ class PooledVerifier:
                     failures[index] = failure
                 allowed = math.ceil(self._max_errors * len(verdicts))
                 if len(failures) > allowed + (GIVE_UP if len(verdicts) < total else 0):
-                    raise BrokenJudgeError(self._complaint(failures, len(verdicts), total, responses, golds))
+                    raise BrokenJudgeError(self._complaint(failures, len(verdicts), responses, golds))
         if failures:
-            _log.warning("%s failed on %d of %d items; the first, item %d: %s", *self._first(failures, total))
+            first, text = min(failures.items())
+            _log.warning(
+                "%s failed on %d of %d items; the first, item %d: %s", self._judge, len(failures), total, first, text
+            )
         return [verdicts[index] for index in range(total)]
 
-    def _first(self, failures: dict[int, str], total: int) -> tuple:
-        index = min(failures)
-        return self._judge, len(failures), total, index, failures[index]
-
-    def _complaint(self, failures, done: int, total: int, responses: Sequence[str], golds: Sequence[str]) -> str:
-        index = min(failures)
+    def _complaint(
+        self, failures: dict[int, str], done: int, total: int, responses: Sequence[str], golds: Sequence[str]
+    ) -> str:
+        index, failure = min(failures.items())
         cut = "..." if len(responses[index]) > 200 else ""
         judged = f"all {total} answers" if done == total else f"the first {done} of {total} answers"
         return (
-            f"{self._judge} gave no verdict on {len(failures)} of {judged}, more than the share of "
-            f"{self._max_errors:g} that verifier.max_errors allows. The first, answer {index}: {failures[index]}; "
+            f"{self._judge} gave no verdict on {len(failures)} of {judged}, more than max_errors = "
+            f"{self._max_errors:g} allows. The first, answer {index}: {failure}; "
             f"its gold answer is {golds[index]!r}, it ends in {cut}{responses[index][-200:]!r}"
         )
 
