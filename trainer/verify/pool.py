@@ -86,10 +86,8 @@ class PooledVerifier:
             )
         return [verdicts[index] for index in range(total)]
 
-    def _complaint(
-        self, failures: dict[int, str], done: int, total: int, responses: Sequence[str], golds: Sequence[str]
-    ) -> str:
-        index, failure = min(failures.items())
+    def _complaint(self, failures: dict[int, str], done: int, responses: Sequence[str], golds: Sequence[str]) -> str:
+        total, (index, failure) = len(responses), min(failures.items())
         cut = "..." if len(responses[index]) > 200 else ""
         judged = f"all {total} answers" if done == total else f"the first {done} of {total} answers"
         return (
