@@ -84,7 +84,7 @@ def test_prompt_of_several_columns_and_no_answer(jsonl):
         ({"columns": {"prompt": "q", "answer": "a"}, "answer_pattern": "####"}, "must have a group"),
         ({"columns": {"prompt": "q", "answer": "chat"}}, "row 0, column 'chat': expected text or a number"),
         ({"columns": {"prompt": "n.gold"}}, "column 'n.gold': expected text or chat messages; got float"),
-        ({"columns": {"prompt": "q", "solution": "n.gold"}}, "column 'n.gold': expected text; got float"),
+        ({"columns": {"prompt": "q", "solution": "n.gold"}}, "column 'n.gold': expected a solution as text; got float"),
         ({"columns": {"prompt": "chat"}, "prompt_template": "{prompt}!"}, "prompt_template is for text prompts"),
         ({"columns": {"prompt": "q", "gold": "a"}}, "columns must map 'prompt'"),
         ({"columns": {"answer": "a"}}, "columns must map 'prompt'"),

@@ -27,6 +27,8 @@ TRAINING = ("sft", "rollout", "train-rm", "distrl")  # commands that look for ev
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
+    if "" not in sys.path:
+        sys.path.append("")  # own judges and objectives in the current folder, as `python -m` finds them
     try:
         with ending.signals():
             if options.with_parent:
@@ -147,7 +149,9 @@ def _with_experiment(options, function) -> None:
     _quiet()
     from ipvrm_core.trainer.experiment import Experiment
     from ipvrm_core.trainer.leakage import guard
+    from ipvrm_core.trainer.preflight import preflight
 
+    preflight(config, options.run)
     experiment = Experiment(config, options.run)
     try:
         if options.command in TRAINING:
@@ -202,12 +206,15 @@ def _run(options) -> None:
     from ipvrm_core.trainer import pipeline
     from ipvrm_core.trainer.experiment import Experiment
     from ipvrm_core.trainer.leakage import guard
+    from ipvrm_core.trainer.preflight import preflight
 
     if options.jobs < 1:
         raise ConfigError(f"--jobs must be >= 1; got {options.jobs}")
     config = _load(options)
     if options.run.exists() and any(options.run.iterdir()) and not options.resume:
         raise ConfigError(f"{options.run} is not empty; pass --resume to go on, or take another --run folder")
+    _quiet()
+    preflight(config, options.run)
     Experiment(config, options.run)  # keeps config.json
     guard(config, options.run)
     pipeline.run(config, options.run, options.jobs)

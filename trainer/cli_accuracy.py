@@ -24,7 +24,24 @@ def add(commands) -> None:
     parser.add_argument("--batch", type=int, default=64, help="sequences at once, and problems a resumable part")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--system-prompt", help="first message, where the tokenizer has a chat template")
-    parser.add_argument("--verifier", default="math", help="exact | math | package.module:function (default: math)")
+    parser.add_argument(
+        "--verifier",
+        default="math",
+        help=r"exact | math | boxed (math on the last \boxed{} alone) | package.module:function, which is imported "
+        "(default: math)",
+    )
+    parser.add_argument(
+        "--max-errors",
+        type=float,
+        default=0.05,
+        help="share of answers that may stay without a verdict (default: 0.05)",
+    )
+    parser.add_argument(
+        "--unfinished",
+        choices=("judge", "wrong"),
+        default="judge",
+        help="answers cut at --max-new-tokens: judge them as they are, or count them wrong unseen",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
@@ -45,7 +62,7 @@ def run(options) -> None:
     source = _source(options)
     names = ("samples", "temperature", "top_p", "max_new_tokens", "batch", "seed")
     sampling = sampled_answers.Sampling(**{name: getattr(options, name) for name in names})
-    origin = {name: getattr(options, name) for name in ("model", "dtype", "system_prompt", "verifier")}
+    origin = {name: getattr(options, name) for name in ("model", "dtype", "system_prompt", "verifier", "unfinished")}
     origin |= {"data": source.model_dump(exclude_defaults=True), "sampling": asdict(sampling)}
     origin["files"] = {**_data_files(source), **model_files(model=options.model)}
     parts = options.out.with_name(f"{options.out.name}.parts")
@@ -57,8 +74,8 @@ def run(options) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     quiet()
     tokenizer, model = load_language_model(options.model, options.dtype, options.device)
-    with make_verifier(options.verifier) as verifier:
-        asker = sampled_answers.Asker(tokenizer, verifier, options.system_prompt)
+    with make_verifier(options.verifier, max_errors=options.max_errors) as verifier:
+        asker = sampled_answers.Asker(tokenizer, verifier, options.system_prompt, options.unfinished)
         made = sampled_answers.sample_parts(parts, asker, model, groups, sampling, origin)
     result = {"origin": origin, **sampled_answers.summarise(made, sampling.samples)}
     if options.answers:

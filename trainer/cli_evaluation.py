@@ -37,6 +37,12 @@ def _best_of_n(commands) -> None:
     parser.add_argument("--problem", default="problem", help="column that names the problem")
     parser.add_argument("--answer", default="answer", help="column of final answers, for the votes")
     parser.add_argument("--correct", default="correct", help="column of verdicts")
+    parser.add_argument(
+        "--equal",
+        choices=("math", "text"),
+        default="math",
+        help=r"answers that vote as one: 0.5 and \frac12, or equal texts",
+    )
     parser.add_argument("--score", nargs="*", default=[], help="columns of scores: numbers, or lists of step scores")
     parser.add_argument("--prompt", help="column of the prompt; with --model, to score the answers here")
     parser.add_argument("--text", help="column of the answer's text; with --model")
@@ -52,6 +58,7 @@ def _best_of_n(commands) -> None:
 
 def run_best_of_n(options) -> None:
     from ipvrm_core.trainer.evaluation import stored_answers
+    from ipvrm_core.trainer.evaluation.equal_answers import math_equality, merge_equal
     from ipvrm_core.trainer.files import write_json
 
     together = {f"--{name}": getattr(options, name) for name in ("model", "prompt", "text")}
@@ -64,10 +71,14 @@ def run_best_of_n(options) -> None:
     columns = {name: getattr(options, name) for name in ("problem", "answer", "correct", "prompt", "text")}
     stored = stored_answers.read_stored(options.answers, **columns, scores=options.score)
     made = _scores_made_here(options, stored) if options.model else {"scores": None}
-    result = stored_answers.evaluate(stored, options.n, resamples=options.resamples, seed=options.seed)
+    voting = stored
+    if options.equal == "math":
+        with math_equality() as equal:
+            voting = merge_equal(stored, equal)
+    result = stored_answers.evaluate(voting, options.n, resamples=options.resamples, seed=options.seed)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.out, {"sizes": result, **made})
+        write_json(options.out, {"sizes": result, "equal": options.equal, **made})
     print(stored_answers.markdown(result))
 
 

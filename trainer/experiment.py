@@ -141,7 +141,12 @@ class Experiment:
     @cached_property
     def verifier(self):
         settings = self.config.verifier
-        return make_verifier(settings.kind, timeout_s=settings.timeout_s, workers=settings.workers)
+        return make_verifier(settings.kind, max_errors=settings.max_errors, **settings.limits)
+
+    @property
+    def unfinished(self) -> str:
+        """What becomes of answers cut at the limit of tokens."""
+        return self.config.verifier.unfinished
 
     # ---- models
 

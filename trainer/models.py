@@ -111,6 +111,16 @@ def _load_pretrained(path: str | Path, dtype: str, gguf_file: str | None) -> nn.
     return model
 
 
+def positions(model: Model) -> int | None:
+    """Tokens that the model has positions for, without loading its weights; None where it does not say."""
+    if model.scratch:
+        return model.scratch.context
+    from transformers import AutoConfig
+
+    extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    return getattr(AutoConfig.from_pretrained(model.path, **extra).get_text_config(), "max_position_embeddings", None)
+
+
 def start_model(model: Model, tokenizer) -> nn.Module:
     """The base model of an experiment, before any phase. The caller seeds."""
     if model.scratch:

@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from ipvrm_core.trainer.benchmarks import PRESETS, preset_settings
 from ipvrm_core.trainer.config.base import Positive, Section
-from ipvrm_core.trainer.data.files import SUFFIXES, data_suffix
+from ipvrm_core.trainer.data.files import SUFFIXES, compiled, data_suffix
 from ipvrm_core.trainer.data.tasks import make_task
 
 
@@ -44,6 +44,7 @@ class Source(Section):
             raise ValueError(f"exactly one of task and path must be set; got task={self.task!r}, path={self.path!r}")
         if self.task:
             make_task(self.task, **self.task_args)  # raises for an unknown task or difficulty
+        compiled(self.answer_pattern)
         return self
 
 

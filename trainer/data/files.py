@@ -52,7 +52,7 @@ def load_examples(
     """
     columns = {"prompt": "prompt", "answer": "answer"} if columns is None else dict(columns)
     _check_arguments(columns, prompt_template, limit)
-    pattern = _compiled(answer_pattern)
+    pattern = compiled(answer_pattern)
     source = data_stem(path_or_name)
     examples, dropped = [], 0
     for index, row in enumerate(read_rows(path_or_name, split, config, limit)):
@@ -97,10 +97,14 @@ def _check_arguments(columns: Mapping[str, Any], prompt_template: str | None, li
         raise ValueError(f"limit must be at least 1; got {limit}")
 
 
-def _compiled(answer_pattern: str | None) -> re.Pattern[str] | None:
+def compiled(answer_pattern: str | None) -> re.Pattern[str] | None:
+    """ValueError for what is no regular expression, or has no group."""
     if answer_pattern is None:
         return None
-    pattern = re.compile(answer_pattern)
+    try:
+        pattern = re.compile(answer_pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"answer_pattern must be a regular expression: {error}; got {answer_pattern!r}") from None
     if pattern.groups < 1:
         raise ValueError(f"answer_pattern must have a group around the answer; got {answer_pattern!r}")
     return pattern
@@ -244,6 +248,8 @@ def _prompt(
         if not isinstance(value, str):
             raise ValueError(f"{where}, column {name!r}: expected text or chat messages; got {type(value).__name__}")
     prompt = " ".join(values)
+    if not prompt.strip():
+        raise ValueError(f"{where}, column {', '.join(map(repr, names))}: the prompt is empty; got {prompt!r}")
     return prompt if template is None else template.replace("{prompt}", prompt)
 
 
@@ -252,8 +258,8 @@ def as_messages(values: list[Any], where: str) -> tuple[dict[str, str], ...]:
     for value in values:
         if not isinstance(value, Mapping) or not all(isinstance(value.get(key), str) for key in ("role", "content")):
             raise ValueError(f"{where}: expected messages with texts 'role' and 'content'; got {value!r}")
-    if not values:
-        raise ValueError(f"{where}: expected at least one message; got none")
+    if not any(value["content"].strip() for value in values):
+        raise ValueError(f"{where}: expected at least one message with text; got {values!r}")
     return tuple({"role": value["role"], "content": value["content"]} for value in values)
 
 
@@ -280,6 +286,7 @@ def _solution(row: Mapping[str, Any], column: str | None, where: str) -> str | N
     if column is None:
         return None
     value = cell(row, column, where)
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where}, column {column!r}: expected text; got {type(value).__name__}")
+    if not isinstance(value, str) or not value.strip():
+        came = repr(value) if value is None or isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{where}, column {column!r}: expected a solution as text; got {came}")
     return value

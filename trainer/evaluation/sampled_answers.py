@@ -33,6 +33,7 @@ class Asker:
     tokenizer: object
     verifier: Verifier
     system_prompt: str | None = None
+    unfinished: str = "judge"
 
     def encode_prompt(self, example: Example) -> list[int]:
         return encode_prompt(self.tokenizer, example, self.system_prompt)

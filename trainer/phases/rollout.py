@@ -16,12 +16,12 @@ from ipvrm_core.trainer.phases.training import phase_folder
 from ipvrm_core.trainer.rollouts import Sample, generate
 from ipvrm_core.trainer.shards import Shards
 from ipvrm_core.trainer.verify import Verdict
-from ipvrm_core.trainer.verify.base import Status
+from ipvrm_core.trainer.verify.base import UNDECIDED, Status, all_decided
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """All samples of one prompt."""
+    """All samples of one prompt, each with a verdict."""
 
     prompt: int
     answers: list[Answer]
@@ -36,7 +36,23 @@ def sample_and_verify(
     prompts = [experiment.encode_prompt(example) for example in examples]
     made = generate(model, experiment.tokenizer, prompts, samples=samples, **settings)
     golds = [example.answer for example in examples for _ in range(samples)]
-    return made, experiment.verifier([experiment.decode(sample.response_ids) for sample in made], golds)
+    return made, judged(experiment, made, [experiment.decode(sample.response_ids) for sample in made], golds)
+
+
+def judged(experiment: Experiment, samples: Sequence[Sample], texts: list[str], golds: list[str]) -> list[Verdict]:
+    """A verdict on every sample; one cut at the limit of tokens is not looked at where that is wrong in any case."""
+    seen = [index for index, sample in enumerate(samples) if sample.finished or experiment.unfinished == "judge"]
+    verdicts = [Verdict(False, "unfinished")] * len(samples)
+    found = experiment.verifier([texts[i] for i in seen], [golds[i] for i in seen])
+    for index, verdict in zip(seen, found, strict=True):
+        verdicts[index] = verdict
+    return verdicts
+
+
+def right_share(verdicts: Sequence[Verdict]) -> float:
+    """Of those that say anything; 0 where none does."""
+    decided = [verdict.correct for verdict in verdicts if verdict.decided]
+    return sum(decided) / max(1, len(decided))
 
 
 def generation_settings(experiment: Experiment) -> dict:
@@ -95,22 +111,24 @@ def run(experiment: Experiment, resume: bool = False) -> None:
                     )
                 ]
                 # The line goes first: without its shard it is dropped when the phase goes on, and both are made again.
-                right = sum(row["correct"] for row in rows)
-                metrics.log(number + 1, accuracy=right / len(rows), answers=len(rows), tokens=sum(lengths))
+                metrics.log(number + 1, accuracy=right_share(verdicts), answers=len(rows), tokens=sum(lengths))
                 shards.add(number, rows)
         write_json(folder / "summary.json", {**summarize(shards.rows()), **cost(read_metrics(metrics.path))})
 
 
 def summarize(rows: Iterable[dict]) -> dict:
     rows = list(rows)
-    groups: dict[int, list[bool]] = {}
-    for row in rows:
-        groups.setdefault(row["prompt"], []).append(row["correct"])
+    verdicts = [Verdict(row["correct"], row["status"]) for row in rows]
+    groups: dict[int, list[Verdict]] = {}
+    for row, verdict in zip(rows, verdicts, strict=True):
+        groups.setdefault(row["prompt"], []).append(verdict)
+    kept = [[verdict.correct for verdict in group] for group in groups.values() if all_decided(group)]
     return {
         "prompts": len(groups),
+        "unjudged_prompts": len(groups) - len(kept),
         "answers": len(rows),
-        "accuracy": sum(row["correct"] for row in rows) / len(rows),
-        "mixed_prompts": sum(0 < sum(group) < len(group) for group in groups.values()) / len(groups),
+        "accuracy": right_share(verdicts),
+        "mixed_prompts": sum(0 < sum(group) < len(group) for group in kept) / max(1, len(kept)),
         "finished": sum(row["finished"] for row in rows) / len(rows),
         **{f"verdict_{name}": sum(row["status"] == name for row in rows) for name in get_args(Status)},
     }
@@ -128,10 +146,14 @@ def cost(lines: list[dict]) -> dict[str, float]:
 
 
 def read(folder: Path) -> list[Rollouts]:
-    """All rollouts in prompt order. FileNotFoundError when the phase has not finished; ValueError for damaged ones."""
+    """The rollouts in prompt order; a prompt with an answer that has no verdict is left out.
+
+    FileNotFoundError when the phase has not finished; ValueError for damaged ones.
+    """
     if not (folder / "summary.json").exists():
         raise FileNotFoundError(f"{folder} has no finished rollouts: run `ipvrm rollout` first")
     groups: dict[int, Rollouts] = {}
+    unjudged = set()
     try:
         rows = list(Shards(folder).rows())
     except (OSError, ValueError) as error:
@@ -142,4 +164,6 @@ def read(folder: Path) -> list[Rollouts]:
         group.answers.append(Answer(row["prompt_ids"], row["response_ids"]))
         group.correct.append(row["correct"])
         group.ref_logprobs.append(row["ref_logprobs"])
-    return [groups[prompt] for prompt in sorted(groups)]
+        if row["status"] in UNDECIDED:
+            unjudged.add(row["prompt"])
+    return [groups[prompt] for prompt in sorted(groups.keys() - unjudged)]
