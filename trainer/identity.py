@@ -9,7 +9,7 @@ import json
 from importlib.util import find_spec
 from pathlib import Path
 
-from ipvrm_core.trainer.data.files import SUFFIXES, read_rows
+from ipvrm_core.trainer.data.files import read_rows
 
 Digests = dict[str, str]  # file name -> digest
 
@@ -25,7 +25,7 @@ def file_digest(path: str | Path) -> str:
 
 def data_digests(path: str | Path, split: str | None = None, config: str | None = None) -> Digests:
     """Of a data file its digest; of what `datasets` loads by a name, that of the rows."""
-    if Path(path).suffix in SUFFIXES:
+    if Path(path).is_file():
         return {Path(path).name: file_digest(path)}
     digest = hashlib.sha256()
     for row in read_rows(path, split, config):
