@@ -123,14 +123,14 @@ def test_a_random_walk_is_longer_over_more_tokens():
     steps = Steps.make([[1, 9, 6]], [-1])
     walks = {
         variant: np.array(
-            [_scores("random walk", variant, steps, np.random.default_rng(seed)) for seed in range(4000)]
+            [_scores("random walk", variant, steps, np.random.default_rng(seed)) for seed in range(1000)]
         ).var(0)
         for variant in VARIANTS
     }
-    assert walks["process"] == pytest.approx([1, 9, 6], rel=0.12)
-    assert walks["prefix"] == pytest.approx([1, 10, 16], rel=0.12)
-    assert walks["process_mean"] == pytest.approx([1, 1 / 9, 1 / 6], rel=0.12)
-    assert walks["prefix_mean"] == pytest.approx([1, 1 / 10, 1 / 16], rel=0.12)
+    assert walks["process"] == pytest.approx([1, 9, 6], rel=0.2)
+    assert walks["prefix"] == pytest.approx([1, 10, 16], rel=0.2)
+    assert walks["process_mean"] == pytest.approx([1, 1 / 9, 1 / 6], rel=0.2)
+    assert walks["prefix_mean"] == pytest.approx([1, 1 / 10, 1 / 16], rel=0.2)
 
 
 def test_a_model_that_counts_tokens_is_not_above_its_null():

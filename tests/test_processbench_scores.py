@@ -7,7 +7,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("pyarrow")
 
 from ipvrm_core.trainer.data.processbench import load_processbench
-from ipvrm_core.trainer.evaluation import official, processbench, processbench_results
+from ipvrm_core.trainer.evaluation import official, processbench, processbench_results, processbench_tables
 from ipvrm_core.trainer.evaluation.processbench_files import Parts, read_scores, write_scores
 from ipvrm_core.trainer.evaluation.rendering import Format
 from ipvrm_core.trainer.evaluation.step_scores import step_sums, variants
@@ -108,7 +108,7 @@ def test_long_texts_are_counted_never_lost(tmp_path, scorer):
     assert cut[1]["sums"][0] == pytest.approx(whole[1]["sums"][0], abs=1e-5)
     assert cut[1]["sums"][1] is not None
     assert cut[1]["sums"][2] is None
-    assert "2 truncated" in processbench_results.markdown(processbench_results.evaluate(cut, resamples=0))
+    assert "2 truncated" in processbench_tables.markdown(processbench_results.evaluate(cut, resamples=0))
 
 
 @pytest.mark.parametrize("kind", ["log-prob", "value"])

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cache
 
 import numpy as np
 
@@ -125,43 +126,37 @@ def _against_nulls(
     found: Mapping[str, dict], drawn: Mapping[str, dict], steps: dict[str, Steps], tuned: str | None, resamples, seed
 ) -> dict:
     """{"nulls", "margins"} of `evaluate`."""
-    draws, shares, resampled = {}, {}, {}
-    for null, variant in ((null, variant) for null in NULLS for variant in VARIANTS):
-        key = null, same_for(null, variant)
-        if key not in draws:
-            draws[key] = null_draws(null, variant, steps, seed)
-            shares[key] = stacked([rule_f1(sweeps, tuned) for sweeps in draws[key]])
+    keys = {variant: {null: (null, same_for(null, variant)) for null in NULLS} for variant in VARIANTS}
+    draws = {key: null_draws(null, variant, steps, seed) for variant in VARIANTS for null, key in keys[variant].items()}
+    shares = {key: stacked([rule_f1(sweeps, tuned) for sweeps in made]) for key, made in draws.items()}
+    resampled = cache(lambda key: bootstrap_f1(draws[key], tuned, resamples, seed))
 
     def margin(variant: str, rule: str, name: str) -> dict:
-        keys = [(null, same_for(null, variant)) for null in NULLS]
-        best = max(keys, key=lambda key: shares[key][rule][name].mean())
-        if best not in resampled:
-            resampled[best] = bootstrap_f1(draws[best], tuned, resamples, seed)
-        return {
-            "null": best[0],
-            "difference": found[variant][rule][name]["f1"] - float(shares[best][rule][name].mean()),
-            "ci": interval(drawn[variant][rule][name] - resampled[best][rule][name]),
-        }
+        f1 = {null: float(shares[key][rule][name].mean()) for null, key in keys[variant].items()}
+        best = max(f1, key=f1.__getitem__)
+        difference_S = drawn[variant][rule][name] - resampled(keys[variant][best])[rule][name]
+        difference = found[variant][rule][name]["f1"] - f1[best]
+        return {"null": best, "difference": difference, "ci": interval(difference_S)}
 
-    def shown(values_D: np.ndarray) -> dict:
-        return {"f1": float(values_D.mean()), **({"ci": interval(values_D)} if len(values_D) > 1 else {})}
-
-    names = [*steps, "average"]
     return {
         "nulls": {
-            variant: {
-                null: {
-                    rule: {name: shown(values[name]) for name in names}
-                    for rule, values in shares[null, same_for(null, variant)].items()
-                }
-                for null in NULLS
-            }
-            for variant in VARIANTS
+            variant: {null: _null_numbers(shares[key]) for null, key in keys[variant].items()} for variant in VARIANTS
         },
         "margins": {
-            variant: {rule: {name: margin(variant, rule, name) for name in names} for rule in drawn[variant]}
+            variant: {rule: {name: margin(variant, rule, name) for name in row} for rule, row in drawn[variant].items()}
             for variant in VARIANTS
         },
+    }
+
+
+def _null_numbers(shares: dict[str, dict[str, np.ndarray]]) -> dict:
+    """Mean of the draws and, of several, their interval."""
+    return {
+        rule: {
+            name: {"f1": float(values_D.mean()), **({"ci": interval(values_D)} if len(values_D) > 1 else {})}
+            for name, values_D in row.items()
+        }
+        for rule, row in shares.items()
     }
 
 
