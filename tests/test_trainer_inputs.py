@@ -92,6 +92,25 @@ def test_a_judge_that_stopped_its_phase_may_be_repaired(config, tmp_path):
         inputs.keep(tmp_path, _now(config))
 
 
+def test_a_phase_reads_the_model_that_another_made(tiny_experiment, tiny_model):
+    pytest.importorskip("transformers")
+    from ipvrm_core.trainer.models import save_model
+
+    experiment = tiny_experiment()
+    folder = experiment.run / "rm" / "x" / "model"
+    save_model(tiny_model(1), experiment.tokenizer, folder)
+    experiment.saved(folder)
+    experiment.load(folder)
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 16
+    path.write_bytes(data)
+    with pytest.raises(ConfigError, match=r"other contents of rm/x/model \(model\.safetensors\)"):
+        experiment.load(folder)
+    experiment.saved(folder)  # made again
+    experiment.load(folder)
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 def test_other_weights_or_another_tokenizer_behind_the_path(config, tiny_model, tmp_path, name):
     pytest.importorskip("transformers")

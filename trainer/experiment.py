@@ -14,7 +14,7 @@ from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.sources import read_source
 from ipvrm_core.trainer.data.tasks import make_task
 from ipvrm_core.trainer.files import read_json, write_text
-from ipvrm_core.trainer.identity import model_digests
+from ipvrm_core.trainer.identity import Digests, model_digests
 from ipvrm_core.trainer.leakage import left_out
 from ipvrm_core.trainer.prompts import encode_prompt
 from ipvrm_core.trainer.seeds import epoch_slice, stable_seed
@@ -167,10 +167,20 @@ class Experiment:
         return model
 
     def load(self, folder: Path) -> nn.Module:
-        """A model that a finished phase saved."""
+        """A model that a finished phase saved; ConfigError if it is not what was saved."""
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} does not exist: run that phase first")
+        inputs.keep(self.run, self._digests(folder))
         return models.load_pretrained(folder, self.config.model.dtype).to(self.device)
+
+    def saved(self, folder: Path) -> None:
+        """A phase has saved this model: what reads it must find it so."""
+        for key, digests in self._digests(folder).items():
+            inputs.forget(self.run, key)
+            inputs.keep(self.run, {key: digests})
+
+    def _digests(self, folder: Path) -> dict[str, Digests]:
+        return {str(folder.relative_to(self.run)): model_digests(folder)}
 
     def trainable(self, model: nn.Module, *names) -> nn.Module:
         """Ready for an optimiser: with adapters where the configuration asks for LoRA."""

@@ -1,6 +1,6 @@
-"""The inputs of a run by their digests, in RUN/inputs: what a phase reads must be what the earlier ones read.
+"""What the phases of a run read, by digests in RUN/inputs: it must be what the earlier ones read or made.
 
-One file a key of the configuration, since phases start side by side.
+One file for a key of the configuration or a model of a phase, since phases start side by side.
 """
 
 from pathlib import Path
@@ -51,7 +51,7 @@ def keep(run: Path, inputs: dict[str, Digests]) -> None:
 
 
 def forget(run: Path, key: str) -> None:
-    """Let an input change: for a judge that stopped its phase, none of whose verdicts is kept as they stand."""
+    """Let an input change: a judge that stopped its phase, a model that a phase makes again."""
     _path(run, key).unlink(missing_ok=True)
 
 

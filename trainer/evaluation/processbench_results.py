@@ -127,7 +127,8 @@ def _against_nulls(
 ) -> dict:
     """{"nulls", "margins"} of `evaluate`."""
     keys = {variant: {null: (null, same_for(null, variant)) for null in NULLS} for variant in VARIANTS}
-    draws = {key: null_draws(null, variant, steps, seed) for variant in VARIANTS for null, key in keys[variant].items()}
+    distinct = {key: variant for variant in VARIANTS for key in keys[variant].values()}
+    draws = {key: null_draws(key[0], variant, steps, seed) for key, variant in distinct.items()}
     shares = {key: stacked([rule_f1(sweeps, tuned) for sweeps in made]) for key, made in draws.items()}
     resampled = cache(lambda key: bootstrap_f1(draws[key], tuned, resamples, seed))
 

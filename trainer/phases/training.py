@@ -176,6 +176,7 @@ class Training:
             if trained is model and hasattr(self.optimizers.get(key), "pairs"):
                 install(model, trained_weights(model, self.optimizers[key]))
         save_model(model, self.experiment.tokenizer, self.folder / name)
+        self.experiment.saved(self.folder / name)
 
     def finish(self, model: nn.Module) -> None:
         """Save `model` as folder/model; its existence marks the phase as finished."""
