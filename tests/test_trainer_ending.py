@@ -218,8 +218,8 @@ from ipvrm_core.trainer import ending
 {patch}
 with ending.signals():
     ending.end_with_parent()
-    print("ready", flush=True)
     try:
+        print("ready", flush=True)  # the signal may come at once
         time.sleep(60)
     except KeyboardInterrupt as error:
         open({path!r}, "w").write(error.signal.name)
