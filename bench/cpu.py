@@ -16,7 +16,7 @@ import torch
 from ipvrm_core.bench.cases import IMPLEMENTATIONS, Case, Shape, check_agreement, make_inputs, step
 from ipvrm_core.bench.machine import environment
 from ipvrm_core.bench.measure import interleaved, peak_extra_bytes
-from ipvrm_core.chunked.head import default_buffer_bytes
+from ipvrm_core.fused.head import default_buffer_bytes
 
 SWEEP_MIB = (16, 32, 64, 128, 256, 512)
 

@@ -24,7 +24,7 @@ from ipvrm_core.bench.device import ROUNDS, Meter, describe
 from ipvrm_core.bench.machine import ClockLog, environment, package_version
 from ipvrm_core.bench.peers import peers
 from ipvrm_core.bench.report import markdown
-from ipvrm_core.ops.dispatch import why_no_triton
+from ipvrm_core.dispatch import why_no_triton
 
 SECTIONS: dict[str, tuple[Callable[[Run], Iterator[dict]], float]] = {  # and the share of the time
     "rates": (sections.rates, 0.02),

@@ -27,10 +27,10 @@ from ipvrm_core import PolicyBatch, PolicyLossConfig, select_candidates
 from ipvrm_core.bench.device import Meter, measure
 from ipvrm_core.bench.machine import environment
 from ipvrm_core.bench.measure import interleaved
-from ipvrm_core.chunked.distrl_loss import distrl_loss_over_logits, pack_batch, pack_config
-from ipvrm_core.chunked.head import HeadGradients
-from ipvrm_core.chunked.rows import row_work
-from ipvrm_core.chunked.transform import LogitTransform
+from ipvrm_core.fused.distrl_loss import distrl_loss_over_logits, pack_batch, pack_config
+from ipvrm_core.fused.head import HeadGradients
+from ipvrm_core.fused.rows import row_work
+from ipvrm_core.fused.transform import LogitTransform
 
 TOLERANCES = [2.0**-k for k in (6, 7, 8, 9, 10, 11, 13, 16)]
 

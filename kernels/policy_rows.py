@@ -19,6 +19,7 @@ from ipvrm_core.kernels.launch import Launch, architecture_of, contiguous, row_l
 from ipvrm_core.kernels.logit_gradient import overlapping, softmax_gradient
 from ipvrm_core.kernels.softmax import add_at_ids, load_logits, row_softmax
 
+LOG_RATIO_LIMIT = tl.constexpr(40.0)  # that of ipvrm_core.types
 METRICS = 8  # loss_sampled, loss_candidates, clip_fraction, candidate_clip_fraction, ratio, kl_old, kl_ref, entropy
 
 
@@ -64,6 +65,8 @@ def policy_rows_kernel(
     REFERENCE: tl.constexpr,
     GRADIENT: tl.constexpr,
     ENTROPY: tl.constexpr,
+    ON_POLICY: tl.constexpr,
+    KL_RATIO: tl.constexpr,
     NARROWING: tl.constexpr,
 ):
     i_n = tl.program_id(0).to(tl.int64)
@@ -82,12 +85,14 @@ def policy_rows_kernel(
     sampled = o_k == 0
     slot_weight = tl.where(sampled, weight, candidate_weight)
     valid = (sampled | (ids >= 0)) & (slot_weight != 0)
-    old = tl.load(p_old + i_n * K + o_k, mask=valid & (o_k < K), other=0.0)
     advantage = tl.load(p_advantages + i_n * K + o_k, mask=valid & (o_k < K), other=0.0)
     logp = (load_logits(p_row, tl.where(ids >= 0, ids, V), V, cap, CAPPED) - shift) * inv_temperature - log_sum
     # An id beyond V is an error that nobody checked: make it visible.
     logp = tl.where(ids >= V, float("nan"), tl.where(ids >= 0, logp, 0.0))
+    old = logp if ON_POLICY else tl.load(p_old + i_n * K + o_k, mask=valid & (o_k < K), other=0.0)
     log_ratio = tl.where(valid, logp - old, 0.0)
+    beyond = log_ratio > LOG_RATIO_LIMIT
+    log_ratio = tl.where(beyond, LOG_RATIO_LIMIT, log_ratio)
     ratio = tl.exp(log_ratio)
     mass = tl.where(valid, slot_weight * tl.where(sampled, 1.0, tl.exp(old)), 0.0)
 
@@ -99,14 +104,22 @@ def policy_rows_kernel(
     over = (advantage < 0) & (ratio > cap_ratio)
     bound, clipped = tl.where(over, cap_ratio, bound), clipped | over
     loss = mass * tl.where(clipped, -bound * advantage, -ratio * advantage)
-    c = tl.where(clipped, 0.0, mass * -ratio * advantage) * tl.where(sampled, 1.0, alpha)
+    c = tl.where(clipped | beyond, 0.0, mass * -ratio * advantage) * tl.where(sampled, 1.0, alpha)
 
     kl_ref = tl.zeros([], tl.float32)
     if REFERENCE:
         log_ref = tl.load(p_ref + i_n, mask=weight != 0, other=0.0) - tl.sum(tl.where(sampled & valid, logp, 0.0), 0)
         log_ref = tl.where(weight != 0, log_ref, 0.0)
+        far = log_ref > LOG_RATIO_LIMIT
+        log_ref = tl.where(far, LOG_RATIO_LIMIT, log_ref)
         kl_ref = weight * (tl.exp(log_ref) - 1 - log_ref)
-        c += tl.where(sampled, kl_coef * weight * (1 - tl.exp(log_ref)), 0.0)
+        slope = tl.where(far, 0.0, weight * (1 - tl.exp(log_ref)))
+        if KL_RATIO:  # rho k3, whose derivative is rho (k3' + k3)
+            sampled_ratio = tl.sum(tl.where(sampled, ratio, 0.0), 0)
+            flat = tl.sum(tl.where(sampled & beyond, 1, 0), 0) > 0
+            kl_ref *= sampled_ratio
+            slope = sampled_ratio * slope + tl.where(flat, 0.0, kl_ref)
+        c += tl.where(sampled, kl_coef * slope, 0.0)
 
     p_m = p_metrics + i_n * 8
     tl.store(p_m + 0, tl.sum(tl.where(sampled, loss, 0.0), 0))
@@ -142,7 +155,7 @@ def policy_rows(
     x_NV: Tensor,
     out_NV: Tensor | None,
     ids_NK: Tensor,
-    old_logprobs_NK: Tensor,
+    old_logprobs_NK: Tensor | None,
     advantages_NK: Tensor,
     weights_N: Tensor,
     candidate_weights_N: Tensor,
@@ -152,6 +165,7 @@ def policy_rows(
     clip: Clip,
     candidate_clip: Clip,
     kl_coef: float = 0.0,
+    kl_ratio: bool = False,
     entropy_coef: float = 0.0,
     temperature: float = 1.0,
     temperatures_N: Tensor | None = None,
@@ -162,6 +176,7 @@ def policy_rows(
 
     x, out: rows of stride 1; `out` may be x itself or its memory in a narrower type. ids [N, K] int64, slot 0 the
     sampled token, < 0 padding, >= V gives NaN. Everything else float32; values under padding or weight 0 are not read.
+    Without old log-probs the present ones take their place, as constants.
     """
     (N, V), K = x_NV.shape, ids_NK.shape[1]
     launch = launch or row_launch(architecture_of(x_NV.device), x_NV.element_size(), V)
@@ -194,6 +209,8 @@ def policy_rows(
             REFERENCE=ref_logprobs_N is not None,
             GRADIENT=out_NV is not None,
             ENTROPY=entropy_coef != 0,
+            ON_POLICY=old_logprobs_NK is None,
+            KL_RATIO=kl_ratio,
             NARROWING=out_NV is not None and overlapping(x_NV, out_NV),
             num_warps=launch.num_warps,
         )

@@ -31,7 +31,7 @@ class Rule(NamedTuple):
 
 OTHERS = ("ipvrm_core.trainer", "ipvrm_core.bench")
 PLAIN = ("torch", "einops", "ipvrm_core.types", "ipvrm_core.packing", "ipvrm_core.reference")
-CHUNKED = (*PLAIN, "ipvrm_core.chunked")
+CHUNKED = (*PLAIN, "ipvrm_core.fused")
 
 RULES = {  # the longest matching path decides
     "": Rule(ANY, refused=OTHERS),
@@ -131,7 +131,7 @@ def test_import_directions():
         ("ipvrm_core/ops/distrl_loss.py", "from ipvrm_core import kernels"),
         ("ipvrm_core/ops/distrl_loss.py", "if True:\n    from ipvrm_core.kernels import softmax"),
         ("ipvrm_core/ops/distrl_loss.py", "class A:\n    import triton"),
-        ("ipvrm_core/objectives/ipvrm.py", "from ipvrm_core.chunked.head import Head"),
+        ("ipvrm_core/objectives/ipvrm.py", "from ipvrm_core.fused.head import Head"),
         ("ipvrm_core/objectives/ipvrm.py", "def f():\n    from ipvrm_core.trainer import config"),
         ("ipvrm_core/adapters/trl.py", "import trl"),
         ("ipvrm_core/adapters/trl.py", "def f():\n    from ipvrm_core import trainer"),

@@ -15,7 +15,7 @@ from ipvrm_core.objectives.prime import Prime
 from ipvrm_core.objectives.qrm import Qrm
 from ipvrm_core.objectives.repirl import Repirl
 from ipvrm_core.packing import cu_seqlens_from_lengths
-from ipvrm_core.reference.reward_losses import implicit_prm_loss, qrm_loss, repirl_loss, repirl_weights
+from ipvrm_core.sequences.reward_losses import implicit_prm_loss, qrm_loss, repirl_loss, repirl_weights
 
 TRAINED = [name for name in objectives.names() if objectives.find(name).trains]
 LENGTHS, LABELS = [3, 1, 4, 2], torch.tensor([1.0, 0.0, 1.0, 0.0])

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from ipvrm_core.presets import PRESETS, Preset
+from ipvrm_core.method import PRESETS, Preset
 from ipvrm_core.reference.candidates import candidate_slots, select_candidates_from_logits
 from ipvrm_core.types import PolicyLossConfig
 

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipvrm_core.reference.advantages import (
+from ipvrm_core.sequences.advantages import (
     center_on_candidates,
     gae,
     group_normalize,

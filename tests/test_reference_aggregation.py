@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ipvrm_core.reference.aggregation import branch_weights, candidate_mass, normalizers
+from ipvrm_core.sequences.aggregation import branch_weights, candidate_mass, normalizers
 from ipvrm_core.types import Normalizers
 
 # sequences of 2, 3 and 1 tokens; one token of the second and all of the third are masked

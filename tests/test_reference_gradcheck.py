@@ -6,7 +6,7 @@ from torch.autograd import gradcheck
 
 from ipvrm_core.reference.logprobs import head_logits, linear_logprobs
 from ipvrm_core.reference.policy_loss import distrl_loss
-from ipvrm_core.reference.reward_losses import (
+from ipvrm_core.sequences.reward_losses import (
     dpo_reward_loss,
     implicit_prm_loss,
     ipvrm_loss,

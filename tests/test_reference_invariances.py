@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipvrm_core.packing import cu_seqlens_from_lengths
-from ipvrm_core.reference.aggregation import branch_weights, candidate_mass, normalizers
+from ipvrm_core.sequences.aggregation import branch_weights, candidate_mass, normalizers
 from ipvrm_core.reference.candidates import select_candidates_from_logits
 from ipvrm_core.reference.policy_loss import distrl_loss
 from ipvrm_core.types import Normalizers, PolicyBatch, PolicyLossConfig

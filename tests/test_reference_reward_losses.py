@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from ipvrm_core.reference.reward_losses import (
+from ipvrm_core.sequences.reward_losses import (
     difficulty_boundary,
     dpo_reward_loss,
     dynamic_loss_weights,

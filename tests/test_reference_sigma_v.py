@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipvrm_core.reference.advantages import sigma_v, td_advantages, td_errors, value_moments
+from ipvrm_core.sequences.advantages import sigma_v, td_advantages, td_errors, value_moments
 
 
 def f64(*numbers):

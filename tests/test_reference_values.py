@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipvrm_core.packing import cu_seqlens_from_lengths
-from ipvrm_core.reference.reward_losses import prefix_weights
-from ipvrm_core.reference.segments import (
+from ipvrm_core.sequences.reward_losses import prefix_weights
+from ipvrm_core.sequences.segments import (
     expand,
     segment_cumsum,
     segment_mean,
     segment_reverse_scan,
     segment_sum,
 )
-from ipvrm_core.reference.values import mean_prefix_values, prefix_values
+from ipvrm_core.sequences.values import mean_prefix_values, prefix_values
 
 
 def f64(*numbers):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ipvrm_core.presets import PRESETS, Preset
+from ipvrm_core.method import PRESETS, Preset
 from ipvrm_core.trainer.config import Chats, ConfigError, check, load
 from ipvrm_core.trainer.pipeline import jobs_of
 

@@ -11,13 +11,13 @@ from ipvrm_core.objectives.endorm import Endorm
 from ipvrm_core.objectives.ipvrm import Ipvrm
 from ipvrm_core.objectives.prime import Prime
 from ipvrm_core.objectives.qrm import Qrm
-from ipvrm_core.reference.advantages import (
+from ipvrm_core.sequences.advantages import (
     masked_step_advantages,
     outcome_advantages,
     prime_advantages,
     rloo_advantages,
 )
-from ipvrm_core.reference.segments import expand
+from ipvrm_core.sequences.segments import expand
 from ipvrm_core.trainer.collect import Collected
 from ipvrm_core.trainer.credit import assign, old_policy
 from ipvrm_core.trainer.policy_update import make_policy_batch

@@ -10,7 +10,7 @@ from ipvrm_core.objectives.ipvrm import Ipvrm
 from ipvrm_core.objectives.prime import Prime
 from ipvrm_core.objectives.qrm import Qrm
 from ipvrm_core.objectives.repirl import Repirl
-from ipvrm_core.reference.reward_losses import qrm_loss, repirl_weights
+from ipvrm_core.sequences.reward_losses import qrm_loss, repirl_weights
 from ipvrm_core.trainer import checkpoint
 from ipvrm_core.trainer import credit as crediting
 from ipvrm_core.trainer.batching import Answer

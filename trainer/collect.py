@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ipvrm_core.presets import Preset
+from ipvrm_core.method import Preset
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.phases.rollout import generation_settings, sample_and_verify

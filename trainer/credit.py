@@ -26,8 +26,8 @@ from ipvrm_core import (
 )
 from ipvrm_core.objectives import Objective
 from ipvrm_core.packing import cu_seqlens_from_lengths
-from ipvrm_core.presets import Preset
-from ipvrm_core.reference.segments import expand
+from ipvrm_core.method import Preset
+from ipvrm_core.sequences.segments import expand
 from ipvrm_core.trainer.batching import map_rows
 from ipvrm_core.trainer.collect import Collected
 from ipvrm_core.trainer.config import RlRewardModel

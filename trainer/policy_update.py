@@ -20,8 +20,8 @@ from ipvrm_core import (
     value_moments,
 )
 from ipvrm_core.packing import cu_seqlens_from_lengths
-from ipvrm_core.presets import Preset
-from ipvrm_core.reference.aggregation import candidate_mass
+from ipvrm_core.method import Preset
+from ipvrm_core.sequences.aggregation import candidate_mass
 from ipvrm_core.trainer.batching import TokenBatch, micro_batches, response_hidden
 from ipvrm_core.trainer.collect import Collected
 from ipvrm_core.trainer.config import Rl

@@ -6,8 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ipvrm_core.objectives.base import Objective, RewardBatch
-from ipvrm_core.ops.sequences import repirl_loss, repirl_weights
-from ipvrm_core.reference.reward_losses import ExpertShare, WeightLength
+from ipvrm_core.sequences.reward_losses import ExpertShare, WeightLength, repirl_loss, repirl_weights
 
 
 @dataclass(frozen=True)

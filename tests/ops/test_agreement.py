@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import ipvrm_core as ic
-from ipvrm_core.ops.dispatch import why_no_triton
+from ipvrm_core.dispatch import why_no_triton
 from ipvrm_core.reference import logprobs as ref_logprobs
 from tests.ops.problems import (
     CONFIGS,

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ipvrm_core.chunked.policy_terms import clipped_surrogate
+from ipvrm_core.fused.policy_terms import clipped_surrogate
 from ipvrm_core.reference.policy_loss import ppo_terms
 
 LOW, HIGH = 0.2, 0.28

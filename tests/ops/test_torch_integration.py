@@ -5,16 +5,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ipvrm_core as ic
-from ipvrm_core.chunked.distrl_loss import distrl_loss as distrl_loss_op
-from ipvrm_core.chunked.distrl_loss import pack_batch, pack_config
-from ipvrm_core.chunked.head import rows_per_chunk
-from ipvrm_core.chunked.linear_logprobs import linear_logprobs as linear_logprobs_op
-from ipvrm_core.chunked.linear_logprobs import linear_logprobs_backward as backward_op
-from ipvrm_core.chunked.rows import TorchRows
-from ipvrm_core.chunked.select_candidates import select_candidates as select_candidates_op
-from ipvrm_core.chunked.td_errors import linear_td_errors as td_errors_op
-from ipvrm_core.chunked.transform import LogitTransform
-from ipvrm_core.ops.dispatch import why_no_triton
+from ipvrm_core.fused.distrl_loss import distrl_loss as distrl_loss_op
+from ipvrm_core.fused.distrl_loss import pack_batch, pack_config
+from ipvrm_core.fused.head import rows_per_chunk
+from ipvrm_core.fused.linear_logprobs import linear_logprobs as linear_logprobs_op
+from ipvrm_core.fused.linear_logprobs import linear_logprobs_backward as backward_op
+from ipvrm_core.fused.rows import TorchRows
+from ipvrm_core.fused.select_candidates import select_candidates as select_candidates_op
+from ipvrm_core.fused.td_errors import linear_td_errors as td_errors_op
+from ipvrm_core.fused.transform import LogitTransform
+from ipvrm_core.dispatch import why_no_triton
 
 N, D, V, K = 20, 6, 67, 3
 CONFIG = ic.PolicyLossConfig(dual_clip=3.0, temperature=0.7, softcap=9.0, kl_coef=0.1, entropy_coef=0.1)

@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ipvrm_core.presets import PRESETS, Preset
+from ipvrm_core.method import PRESETS, Preset
 from ipvrm_core.reference.candidates import candidate_slots
 from ipvrm_core.trainer.config.base import Positive, Section, checked
 from ipvrm_core.trainer.config.training import Optim

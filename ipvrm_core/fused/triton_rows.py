@@ -8,8 +8,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ipvrm_core.chunked.head import Head
-from ipvrm_core.chunked.transform import LogitTransform
+from ipvrm_core.fused.head import Head
+from ipvrm_core.fused.transform import LogitTransform
 from ipvrm_core.kernels.candidates import candidate_rows
 from ipvrm_core.kernels.logit_gradient import logit_gradient
 from ipvrm_core.kernels.logprobs import row_logprobs
@@ -71,24 +71,21 @@ class TritonRows:
         self, rows: slice, x_nV: Tensor, target_nV: Tensor | None, batch: PolicyBatch, settings: PolicyLossConfig
     ) -> tuple[Tensor, Tensor | None]:
         batch = batch.rows(rows)
-        slots = (
-            (batch.old_logprobs_N, batch.candidate_old_logprobs_NK),
-            (batch.advantages_N, batch.candidate_advantages_NK),
-        )
+        slots = (batch.old_logprobs_NS, batch.advantages_NS)
         vectors = (batch.token_weights_N, batch.candidate_weights_N, batch.ref_logprobs_N)
         inf = float("inf")
         metrics_nM = policy_rows(
             x_nV,
             target_nV,
-            batch.ids_NK,
-            *(torch.cat([one[:, None], more], dim=1).to(torch.float32) for one, more in slots),
-            *(None if vector is None else vector.to(torch.float32).contiguous() for vector in vectors),
+            batch.ids_NS,
+            *(None if value is None else value.to(torch.float32) for value in (*slots, *vectors)),
             alpha=settings.alpha,
             clip=Clip(settings.clip_low, settings.clip_high, settings.dual_clip or inf),
             candidate_clip=Clip(
                 settings.candidate_clip_low, settings.candidate_clip_high, settings.candidate_dual_clip or inf
             ),
             kl_coef=settings.kl_coef,
+            kl_ratio=bool(settings.kl_ratio),
             entropy_coef=settings.entropy_coef,
             **self._options(rows),
         )

@@ -4,7 +4,6 @@ Shape letters: N packed response tokens, B sequences, P pairs. Implicit ones tak
 `log_ratio_N`, explicit ones their token scores.
 """
 
-from types import ModuleType
 from typing import Literal
 
 import torch
@@ -12,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ipvrm_core.packing import check_cu_seqlens, lengths_of, positions
-from ipvrm_core.reference import segments as torch_segments
-from ipvrm_core.reference.segments import expand
-from ipvrm_core.reference.values import mean_prefix_values
+from ipvrm_core.sequences import segments
+from ipvrm_core.sequences.segments import expand
+from ipvrm_core.sequences.values import mean_prefix_values
 
 Weighting = Literal["uniform", "early", "late"]
 WeightLength = Literal["mean", "sum"]
@@ -47,7 +46,6 @@ def ipvrm_loss(
     margin: float = 5.0,
     weighting: Weighting = "uniform",
     boundary_B: Tensor | None = None,
-    segments: ModuleType = torch_segments,
 ) -> Tensor:
     """loss_b = sum_t w_t softplus(-s (vbar_t + V(x)) + m), s = 2 r - 1: [B] (paper eq. 9; online eq. 15).
 
@@ -57,7 +55,7 @@ def ipvrm_loss(
     check_cu_seqlens(cu_seqlens, len(log_ratio_N))
     check_labels(labels_B, cu_seqlens)
     total = len(log_ratio_N)
-    value_N = mean_prefix_values(log_ratio_N, cu_seqlens, beta, segments=segments)
+    value_N = mean_prefix_values(log_ratio_N, cu_seqlens, beta)
     if boundary_B is not None:
         value_N = value_N + expand(boundary_B.to(value_N.dtype), cu_seqlens, total)
     sign_N = expand(2 * labels_B.to(value_N.dtype) - 1, cu_seqlens, total)
@@ -99,7 +97,6 @@ def implicit_prm_loss(
     labels_B: Tensor,
     *,
     beta: float = 0.05,
-    segments: ModuleType = torch_segments,
 ) -> Tensor:
     """loss_b = BCE-with-logits(beta sum_t q_t, r): [B] (Implicit PRM, cross-entropy form; also PRIME's online loss)."""
     check_cu_seqlens(cu_seqlens, len(log_ratio_N))
@@ -114,7 +111,6 @@ def dpo_reward_loss(
     pairs_P2: Tensor,
     *,
     beta: float = 0.05,
-    segments: ModuleType = torch_segments,
 ) -> Tensor:
     """loss_p = -log sigmoid(beta (Q_w - Q_l)), Q = sum_t q_t: [P]. pairs_P2[p] = (winner, loser) sequence numbers."""
     check_cu_seqlens(cu_seqlens, len(log_ratio_N))
@@ -130,25 +126,22 @@ def qrm_loss(
     *,
     beta: float = 0.2,
     margin: float = 2.0,
-    segments: ModuleType = torch_segments,
 ) -> Tensor:
     """loss_p = -log sigmoid(beta (Zbar_w - Zbar_l) - margin), Zbar the mean token score: [P] (Q-RM, 2505.23363)."""
     check_cu_seqlens(cu_seqlens, len(score_N))
     check_pairs(pairs_P2)
-    mean_B = mean_scores(score_N, cu_seqlens, segments)
+    mean_B = mean_scores(score_N, cu_seqlens)
     return -F.logsigmoid(beta * (mean_B[pairs_P2[:, 0]] - mean_B[pairs_P2[:, 1]]) - margin)
 
 
-def repirl_loss(
-    reward_N: Tensor, cu_seqlens: Tensor, labels_B: Tensor, *, segments: ModuleType = torch_segments
-) -> Tensor:
+def repirl_loss(reward_N: Tensor, cu_seqlens: Tensor, labels_B: Tensor) -> Tensor:
     """loss_b = -rbar for experts (label 1), rbar for failed rollouts (label 0), rbar the mean token reward: [B].
 
     Weigh it with `repirl_weights` (rePIRL, 2602.07832).
     """
     check_cu_seqlens(cu_seqlens, len(reward_N))
     check_labels(labels_B, cu_seqlens)
-    return (1 - 2 * labels_B.to(reward_N.dtype)) * mean_scores(reward_N, cu_seqlens, segments)
+    return (1 - 2 * labels_B.to(reward_N.dtype)) * mean_scores(reward_N, cu_seqlens)
 
 
 def repirl_weights(
@@ -160,7 +153,6 @@ def repirl_weights(
     *,
     length: WeightLength = "mean",
     expert_share: ExpertShare = "batch",
-    segments: ModuleType = torch_segments,
 ) -> Tensor:
     """Failed: exp(r(tau)) / pi_theta(tau) over its sum, from log space; experts: see expert_share. [B], no gradient.
 
@@ -179,7 +171,7 @@ def repirl_weights(
             f"policy_logprobs must be [N] = {tuple(reward_N.shape)}; got shape {tuple(policy_logprobs_N.shape)}"
         )
     difference_N = (reward_N - policy_logprobs_N.to(reward_N.dtype)).detach()
-    log_B = mean_scores(difference_N, cu_seqlens, segments)
+    log_B = mean_scores(difference_N, cu_seqlens)
     if length == "sum":
         log_B = log_B * lengths_of(cu_seqlens)
     expert_B = labels_B > 0
@@ -190,7 +182,7 @@ def repirl_weights(
     return torch.where(expert_B, expert_weights_B, failed_B)
 
 
-def mean_scores(score_N: Tensor, cu_seqlens: Tensor, segments: ModuleType = torch_segments) -> Tensor:
+def mean_scores(score_N: Tensor, cu_seqlens: Tensor) -> Tensor:
     """(1/T) sum_t score_t of every sequence, 0 for an empty one: [N] -> [B]."""
     return segments.segment_sum(score_N, cu_seqlens) / lengths_of(cu_seqlens).clamp(min=1)
 

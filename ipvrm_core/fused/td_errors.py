@@ -6,9 +6,9 @@ Shape letters: N rows, D hidden size, V vocabulary, K ids a row.
 import torch
 from torch import Tensor
 
-from ipvrm_core.chunked.head import wide_dtype
-from ipvrm_core.chunked.rows import row_work
-from ipvrm_core.chunked.transform import LogitTransform
+from ipvrm_core.fused.head import wide_dtype
+from ipvrm_core.fused.rows import row_work
+from ipvrm_core.fused.transform import LogitTransform
 
 
 @torch.library.custom_op("ipvrm::linear_td_errors", mutates_args=())

@@ -1,20 +1,21 @@
 """TD advantages of the whole vocabulary, and the advantages of the sampled tokens.
 
-Shape letters: N packed response tokens, B sequences, K candidates, G prompts (groups are numbered 0..G-1).
+`process_group`: of torch.distributed, for statistics over the batches of several processes; None: this one alone.
+Shape letters: N packed response tokens, B sequences, K candidates, G prompts.
 """
 
-from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ipvrm_core.packing import check_cu_seqlens, lengths_of, positions
-from ipvrm_core.reference import segments as torch_segments
-from ipvrm_core.reference.segments import expand, moments_within
+from ipvrm_core.sequences import segments
+from ipvrm_core.sequences.groups import Groups, all_reduced, gather, group_index
+from ipvrm_core.sequences.segments import expand
+from ipvrm_core.sequences.torch_segments import moments_within
 
 Outcome = Literal["grpo", "rloo", "reinforce"]
-Estimator = Literal["gae", "mc", "td", "prime", "msa", "none"]
 SigmaForm = Literal["std_plus_eps", "floored_std"]
 Normalize = Literal["group", "batch"]
 
@@ -63,28 +64,40 @@ def center_on_candidates(delta_NK: Tensor, ids_NK: Tensor, old_logprobs_NK: Tens
     return torch.where(valid_NK, delta_NK - mean_N1, 0.0)
 
 
-def outcome_advantages(rewards_B: Tensor, groups_B: Tensor) -> Tensor:
+def answer_advantages(rewards_B: Tensor, groups_B: Groups, outcome: Outcome, process_group=None) -> Tensor:
+    """The advantage of a whole answer, [B]: GRPO, RLOO, or the reward itself (REINFORCE without a baseline)."""
+    if outcome == "reinforce":
+        return rewards_B
+    if outcome not in ("grpo", "rloo"):
+        raise ValueError(f"outcome must be 'grpo', 'rloo' or 'reinforce'; got {outcome!r}")
+    function = outcome_advantages if outcome == "grpo" else rloo_advantages
+    return function(rewards_B, groups_B, process_group)
+
+
+def outcome_advantages(rewards_B: Tensor, groups_B: Groups, process_group=None) -> Tensor:
     """A = (r - mean_group) / std_group, population std; 0 for a group whose rewards are all equal: [B] (GRPO).
 
-    Integer rewards are taken as float32.
+    Integer rewards are taken as float32. groups_B: integers, or a list of uids; across the processes of process_group.
     """
-    if not rewards_B.is_floating_point():
-        rewards_B = rewards_B.to(torch.float32)
-    mean_B, std_B = moments_within(rewards_B, groups_B)
+    rewards, groups, own = gather(_floating(rewards_B), groups_B, process_group)
+    mean, std = moments_within(rewards, groups)
     # Equal rewards are found by comparing them: the mean of equal floats may round, and the std is then tiny, not 0.
-    index_B = groups_B.unique(return_inverse=True)[1]
-    least_B = torch.zeros_like(rewards_B).scatter_reduce(0, index_B, rewards_B, "amin", include_self=False)[index_B]
-    uniform_B = moments_within(rewards_B - least_B, groups_B)[0] == 0
-    return torch.where(uniform_B, 0.0, (rewards_B - mean_B) / torch.where(uniform_B, 1.0, std_B))
+    index = groups.unique(return_inverse=True)[1]
+    least = torch.zeros_like(rewards).scatter_reduce(0, index, rewards, "amin", include_self=False)[index]
+    uniform = moments_within(rewards - least, groups)[0] == 0
+    return torch.where(uniform, 0.0, (rewards - mean) / torch.where(uniform, 1.0, std))[own]
 
 
-def rloo_advantages(rewards_B: Tensor, groups_B: Tensor) -> Tensor:
+def rloo_advantages(rewards_B: Tensor, groups_B: Groups, process_group=None) -> Tensor:
     """A_i = R_i - mean_{j != i} R_j within the group, 0 for a group of one: [B] (RLOO)."""
-    if not rewards_B.is_floating_point():
-        rewards_B = rewards_B.to(torch.float32)
-    total_B, size_B = _group_sums(rewards_B, groups_B)
-    others_B = (total_B - rewards_B) / (size_B - 1).clamp(min=1)
-    return torch.where(size_B > 1, rewards_B - others_B, 0.0)
+    rewards, groups, own = gather(_floating(rewards_B), groups_B, process_group)
+    total, size = _group_sums(rewards, groups)
+    others = (total - rewards) / (size - 1).clamp(min=1)
+    return torch.where(size > 1, rewards - others, 0.0)[own]
+
+
+def _floating(rewards_B: Tensor) -> Tensor:
+    return rewards_B if rewards_B.is_floating_point() else rewards_B.to(torch.float32)
 
 
 def _group_sums(x_B: Tensor, groups_B: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,47 +107,75 @@ def _group_sums(x_B: Tensor, groups_B: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(size_G).index_add(0, index_B, x_B)[index_B], size_G[index_B]
 
 
-def group_normalize(
-    x_N: Tensor, cu_seqlens: Tensor, groups_B: Tensor, eps: float = 1e-6, *, segments: ModuleType = torch_segments
-) -> Tensor:
-    """(x - mean) / (std + eps) over all tokens of a prompt's rollouts, population std: [N] -> [N] (paper GAE)."""
+def group_normalize(x_N: Tensor, cu_seqlens: Tensor, groups_B: Groups, eps: float = 1e-6, process_group=None) -> Tensor:
+    """(x - mean) / (std + eps) over all tokens of a prompt's rollouts, population std: [N] -> [N] (paper GAE).
+
+    groups_B: integers, or a list of uids; across the processes of process_group, then without a gradient.
+    """
     check_cu_seqlens(cu_seqlens, len(x_N))
-    check_groups(groups_B, cu_seqlens)
-    mean_N, std_N = segments.group_moments(x_N, cu_seqlens, groups_B)
+    if process_group is None:
+        index_B = group_index(groups_B, len(cu_seqlens) - 1, x_N.device)
+        mean_N, std_N = segments.group_moments(x_N, cu_seqlens, index_B)
+    else:
+        mean_N, std_N = _moments_across(x_N.detach(), cu_seqlens, groups_B, process_group)
     return (x_N - mean_N) / (std_N + eps)
 
 
-def gae(
-    delta_N: Tensor,
-    cu_seqlens: Tensor,
-    gamma: float = 1.0,
-    lam: float = 1.0,
-    *,
-    segments: ModuleType = torch_segments,
-) -> Tensor:
+def _moments_across(x_N: Tensor, cu_seqlens: Tensor, groups_B: Groups, process_group) -> tuple[Tensor, Tensor]:
+    """`group_moments` over several processes, in two rounds: the mean first, then the deviations from it."""
+    lengths_B = lengths_of(cu_seqlens).double()
+
+    def mean_over_groups(y_N: Tensor) -> Tensor:
+        sums_B2 = torch.stack([segments.segment_sum(y_N, cu_seqlens).double(), lengths_B], dim=1)
+        sums, groups, own = gather(sums_B2, groups_B, process_group)
+        total, count = _group_sums(sums[:, 0], groups)[0], _group_sums(sums[:, 1], groups)[0]
+        return expand((total / count)[own].to(y_N.dtype), cu_seqlens, len(y_N))
+
+    mean_N = mean_over_groups(x_N)
+    return mean_N, mean_over_groups((x_N - mean_N).square()).sqrt()
+
+
+def gae(delta_N: Tensor, cu_seqlens: Tensor, gamma: float = 1.0, lam: float = 1.0) -> Tensor:
     """A_t = sum_{i >= t} (gamma lambda)^(i - t) delta_i within the sequence: [N] -> [N]."""
     check_cu_seqlens(cu_seqlens, len(delta_N))
     return segments.segment_reverse_scan(delta_N, cu_seqlens, gamma * lam)
 
 
-def whiten(x_N: Tensor, eps: float = 1e-8) -> Tensor:
+def whiten(x_N: Tensor, eps: float = 1e-8, process_group=None) -> Tensor:
     """(x - mean) / sqrt(var + eps), unbiased variance over the batch: [N] -> [N]. Fewer than two elements: x - mean."""
-    centred_N = x_N - x_N.mean() if len(x_N) else x_N
-    if len(x_N) < 2:
-        return centred_N
-    return centred_N * (x_N.var(unbiased=True) + eps).rsqrt()
+    if process_group is None:
+        centred_N = x_N - x_N.mean() if len(x_N) else x_N
+        if len(x_N) < 2:
+            return centred_N
+        return centred_N * (x_N.var(unbiased=True) + eps).rsqrt()
+    centred_N = x_N - mean_across(x_N, process_group)
+    squares, count = _sum_and_count(centred_N.square(), process_group)
+    return centred_N if count < 2 else centred_N * (squares / (count - 1) + eps).rsqrt().to(x_N.dtype)
+
+
+def mean_across(x_N: Tensor, process_group=None) -> Tensor:
+    """The mean over all elements of all processes, 0-d."""
+    if process_group is None:
+        return x_N.mean()
+    total, count = _sum_and_count(x_N, process_group)
+    return (total / count.clamp(min=1)).to(x_N.dtype)
+
+
+def _sum_and_count(x_N: Tensor, process_group) -> tuple[Tensor, Tensor]:
+    own = torch.stack([x_N.detach().double().sum(), torch.full_like(x_N.sum(), len(x_N), dtype=torch.float64)])
+    return all_reduced(own, process_group).unbind()
 
 
 def process_advantages(
     delta_N: Tensor,
     cu_seqlens: Tensor,
-    groups_B: Tensor,
+    groups_B: Groups,
     *,
     normalize: Normalize,
     sigma: Tensor | None = None,
     gamma: float = 1.0,
     lam: float = 1.0,
-    segments: ModuleType = torch_segments,
+    process_group=None,
 ) -> Tensor:
     """A_GAE of the sampled tokens from their TD errors: [N] -> [N].
 
@@ -142,13 +183,13 @@ def process_advantages(
     over the batch. Add it to the outcome advantage with a coefficient (1.0 and 0.05 in the presets).
     """
     if normalize == "group":
-        normalised_N = group_normalize(delta_N, cu_seqlens, groups_B, segments=segments)
-        return gae(normalised_N, cu_seqlens, gamma, lam, segments=segments)
+        normalised_N = group_normalize(delta_N, cu_seqlens, groups_B, process_group=process_group)
+        return gae(normalised_N, cu_seqlens, gamma, lam)
     if normalize == "batch":
         if sigma is None:
             raise ValueError("normalize='batch' needs sigma (see sigma_v); got None")
-        scaled_N = (delta_N - delta_N.mean()) / sigma.to(delta_N.dtype)
-        return whiten(gae(scaled_N, cu_seqlens, gamma, lam, segments=segments))
+        scaled_N = (delta_N - mean_across(delta_N, process_group)) / sigma.to(delta_N.dtype)
+        return whiten(gae(scaled_N, cu_seqlens, gamma, lam), process_group=process_group)
     raise ValueError(f"normalize must be 'group' or 'batch'; got {normalize!r}")
 
 
@@ -156,10 +197,9 @@ def prime_advantages(
     token_rewards_N: Tensor,
     rewards_B: Tensor,
     cu_seqlens: Tensor,
-    groups_B: Tensor,
+    groups_B: Groups,
     *,
     coef: float = 1.0,
-    segments: ModuleType = torch_segments,
 ) -> Tensor:
     """whiten(RLOO outcome + coef * suffix sum of the RLOO token rewards): [N] -> [N] (PRIME, 2502.01456).
 
@@ -167,7 +207,7 @@ def prime_advantages(
     answers; the outcome, at the last token, is a constant of the answer after the suffix sum. Groups of one: 0.
     """
     check_cu_seqlens(cu_seqlens, len(token_rewards_N))
-    check_groups(groups_B, cu_seqlens)
+    groups_B = group_index(groups_B, len(cu_seqlens) - 1, token_rewards_N.device)
     total = len(token_rewards_N)
     largest = segments.segment_reverse_scan(token_rewards_N, cu_seqlens).abs().amax() if total else 0.0
     scaled_N = token_rewards_N / (largest + 1e-6)
@@ -180,24 +220,15 @@ def prime_advantages(
     return whiten(expand(outcome_B, cu_seqlens, total) + coef * segments.segment_reverse_scan(process_N, cu_seqlens))
 
 
-def masked_step_advantages(
-    token_rewards_N: Tensor, cu_seqlens: Tensor, groups_B: Tensor, *, segments: ModuleType = torch_segments
-) -> Tensor:
+def masked_step_advantages(token_rewards_N: Tensor, cu_seqlens: Tensor, groups_B: Groups) -> Tensor:
     """R_t - mean of R_t over the group's sequences that reach t, R_t = sum_{u <= t} r_u: [N] -> [N].
 
     The masked step advantage of SPRO (2507.01551, eq. 11 and 12), there with r = beta log pi_theta / pi_ref.
     """
     check_cu_seqlens(cu_seqlens, len(token_rewards_N))
-    check_groups(groups_B, cu_seqlens)
+    groups_B = group_index(groups_B, len(cu_seqlens) - 1, token_rewards_N.device)
     total = len(token_rewards_N)
     running_N = segments.segment_cumsum(token_rewards_N, cu_seqlens)
     steps_N = positions(cu_seqlens, total)
     index_B = groups_B.unique(return_inverse=True)[1]
     return running_N - moments_within(running_N, expand(index_B, cu_seqlens, total) * (total + 1) + steps_N)[0]
-
-
-def check_groups(groups_B: Tensor, cu_seqlens: Tensor) -> None:
-    """One integer a sequence."""
-    B = len(cu_seqlens) - 1
-    if groups_B.shape != (B,) or groups_B.is_floating_point():
-        raise ValueError(f"groups must be integers [B] = ({B},); got {groups_B.dtype}, shape {tuple(groups_B.shape)}")

@@ -1,10 +1,8 @@
-"""Sums and scans that stay inside a sequence of a packed batch, and moments over groups of sequences.
+"""The functions of `segments` in torch: CPU and GPU, any floating point type.
 
 Sums and scans go through the padded form: each sequence's result then depends on its own tokens alone, to the last
-bit, whatever else is in the batch (a running sum over the packed vector minus offsets would not).
-
-ops/segments.py has functions of the same names over the GPU kernels. What is built on them takes either module as
-`segments`, so that each formula is written once.
+bit, whatever else is in the batch (a running sum over the packed vector minus offsets would not). They wait for the
+device, and the reverse scan is a Python loop.
 """
 
 import torch
@@ -22,16 +20,6 @@ def segment_sum(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
     padded_BT = unpack(x_N, cu_seqlens)
     # The last running sum rather than .sum(1), whose order of additions depends on the padded length.
     return padded_BT.cumsum(1)[:, -1] if padded_BT.shape[1] else padded_BT.sum(1)
-
-
-def segment_mean(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
-    """y_b = (1/T_b) sum_{t in b} x_t: [N] -> [B]; 0 for an empty sequence."""
-    return segment_sum(x_N, cu_seqlens) / lengths_of(cu_seqlens).clamp(min=1)
-
-
-def expand(x_B: Tensor, cu_seqlens: Tensor, total: int) -> Tensor:
-    """y_t = x_b for every t in b: [B] -> [N]."""
-    return x_B[sequence_ids(cu_seqlens, total)]
 
 
 def segment_cumsum(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -53,7 +41,7 @@ def segment_reverse_scan(x_N: Tensor, cu_seqlens: Tensor, decay: float = 1.0) ->
 
 def group_moments(x_N: Tensor, cu_seqlens: Tensor, groups_B: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population std over all tokens of each token's group: [N] -> [N], [N]. groups_B: any integers."""
-    return moments_within(x_N, expand(groups_B, cu_seqlens, len(x_N)))
+    return moments_within(x_N, groups_B[sequence_ids(cu_seqlens, len(x_N))])
 
 
 def moments_within(x: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,9 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from ipvrm_core.chunked.head import wide_dtype
-from ipvrm_core.chunked.rows import row_work
-from ipvrm_core.chunked.transform import LogitTransform
+from ipvrm_core.fused.head import wide_dtype
+from ipvrm_core.fused.rows import row_work
+from ipvrm_core.fused.transform import LogitTransform
 
 _NO_ID = torch.iinfo(torch.int64).max  # sorts behind every token id
 
@@ -40,8 +40,8 @@ def select_candidates(
     softcap: float | None,
     max_buffer_bytes: int,
     triton: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of types.Candidates: ids [N, K], log-probs [N, K], counts [N], sampled log-prob [N], entropy [N].
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of types.Candidates: ids [N, S], log-probs [N, S], counts [N], entropy [N].
 
     hidden [N, D], weight [V, D], bias [V]; with weight=None `hidden` is x [N, V]. sampled_ids [N] int64, exclude [N]
     bool. The rule is that of reference.candidates. No gradient.
@@ -49,21 +49,20 @@ def select_candidates(
     work = row_work(triton, hidden, weight, bias, LogitTransform(temperature, temperatures, softcap), max_buffer_bytes)
     k, K = candidate_slots(p_min, work.head.V, top_k, keep_sampled)
     N, wide = work.head.N, work.head.wide
-    ids_NK = sampled_ids.new_empty(N, K)
-    logprobs_NK = hidden.new_empty(N, K, dtype=wide)
-    sampled_N, entropy_N = (hidden.new_empty(N, dtype=wide) for _ in range(2))
+    ids_NS = sampled_ids.new_empty(N, 1 + K)
+    logprobs_NS = hidden.new_empty(N, 1 + K, dtype=wide)
+    entropy_N = hidden.new_empty(N, dtype=wide)
+    ids_NS[:, 0] = sampled_ids
     for rows, x_nV in work.head.chunks():
-        ids_nk, logp_nk, sampled_N[rows], entropy_N[rows] = work.candidates(
-            rows, x_nV, sampled_ids[rows], k, p_min, strict
-        )
+        ids_nk, logp_nk, sampled_n, entropy_N[rows] = work.candidates(rows, x_nV, sampled_ids[rows], k, p_min, strict)
         forced_n1 = sampled_ids[rows, None] if keep_sampled else None
         ids_nk, logp_nk = _finish_rule(
-            ids_nk, logp_nk, top_k, forced_n1, sampled_N[rows], None if exclude is None else exclude[rows, None]
+            ids_nk, logp_nk, top_k, forced_n1, sampled_n, None if exclude is None else exclude[rows, None]
         )
-        ids_NK[rows], logprobs_NK[rows] = ids_nk[:, :K], logp_nk[:, :K]
-    padding_NK = ids_NK == _NO_ID
-    ids_NK.masked_fill_(padding_NK, -1)
-    return ids_NK, logprobs_NK.masked_fill_(padding_NK, 0.0), (~padding_NK).sum(-1), sampled_N, entropy_N
+        ids_NS[rows, 1:], logprobs_NS[rows, 1:], logprobs_NS[rows, 0] = ids_nk[:, :K], logp_nk[:, :K], sampled_n
+    padding_NS = ids_NS == _NO_ID
+    ids_NS.masked_fill_(padding_NS, -1)
+    return ids_NS, logprobs_NS.masked_fill_(padding_NS, 0.0), (~padding_NS)[:, 1:].sum(-1), entropy_N
 
 
 def _finish_rule(
@@ -92,7 +91,6 @@ def _finish_rule(
 def _(hidden, weight, bias, sampled_ids, exclude, p_min, strict, top_k, keep_sampled, *settings):
     N, V = hidden.shape[0], (hidden.shape[1] if weight is None else weight.shape[0])
     K = candidate_slots(p_min, V, top_k, keep_sampled)[1]
-    ids_NK, counts_N = sampled_ids.new_empty(N, K), sampled_ids.new_empty(N)
-    logprobs_NK = hidden.new_empty(N, K, dtype=wide_dtype(hidden, weight, bias))
-    sampled_N, entropy_N = (logprobs_NK.new_empty(N) for _ in range(2))
-    return ids_NK, logprobs_NK, counts_N, sampled_N, entropy_N
+    ids_NS, counts_N = sampled_ids.new_empty(N, 1 + K), sampled_ids.new_empty(N)
+    logprobs_NS = hidden.new_empty(N, 1 + K, dtype=wide_dtype(hidden, weight, bias))
+    return ids_NS, logprobs_NS, counts_N, logprobs_NS.new_empty(N)

@@ -12,17 +12,17 @@ from dataclasses import astuple, fields
 import torch
 from torch import Tensor
 
-from ipvrm_core.chunked.head import HeadGradients, empty_gradients, wide_dtype
-from ipvrm_core.chunked.policy_terms import total_loss
-from ipvrm_core.chunked.rows import row_work
-from ipvrm_core.chunked.transform import LogitTransform
+from ipvrm_core.fused.head import HeadGradients, empty_gradients, wide_dtype
+from ipvrm_core.fused.policy_terms import total_loss
+from ipvrm_core.fused.rows import row_work
+from ipvrm_core.fused.transform import LogitTransform
 from ipvrm_core.types import METRICS, PolicyBatch, PolicyLossConfig
 
 
 def pack_batch(batch: PolicyBatch) -> list[Tensor]:
-    """The fields in their order, for an operator: an empty tensor stands for None."""
+    """The fields in their order, for an operator: a 0-d tensor stands for None."""
     values = [getattr(batch, field.name) for field in fields(batch)]
-    return [batch.old_logprobs_N.new_empty(0) if value is None else value for value in values]
+    return [batch.advantages_NS.new_empty(()) if value is None else value for value in values]
 
 
 def pack_config(config: PolicyLossConfig) -> list[float]:
@@ -30,10 +30,8 @@ def pack_config(config: PolicyLossConfig) -> list[float]:
     return [math.inf if value is None else float(value) for value in astuple(config)]
 
 
-def _unpack(batch: list[Tensor], config: list[float], N: int) -> tuple[PolicyBatch, PolicyLossConfig]:
-    optional = {field.name for field in fields(PolicyBatch) if field.default is None}
-    pairs = zip(fields(PolicyBatch), batch, strict=True)
-    values = [None if field.name in optional and len(value) != N else value for field, value in pairs]
+def _unpack(batch: list[Tensor], config: list[float]) -> tuple[PolicyBatch, PolicyLossConfig]:
+    values = [None if value.dim() == 0 else value for value in batch]
     return PolicyBatch(*values), PolicyLossConfig(*(None if value == math.inf else value for value in config))
 
 
@@ -48,7 +46,7 @@ def _sweep(
     need: list[bool],
     into: Tensor | None,
 ) -> tuple[Tensor, Tensor, HeadGradients]:
-    batch_N, settings = _unpack(batch, config, hidden.shape[0])
+    batch_N, settings = _unpack(batch, config)
     transform = LogitTransform(settings.temperature, batch_N.temperatures_N, settings.softcap)
     work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes)
     gradients = HeadGradients(work.head, need, into)

@@ -8,6 +8,7 @@ reference  the specification: holds [N, V]
 A backend that is named and cannot run raises with the reason; nothing falls back in silence.
 """
 
+import os
 from importlib.util import find_spec
 
 import torch
@@ -15,29 +16,23 @@ from torch import Tensor
 
 BACKENDS = ("auto", "triton", "chunked", "reference")
 
+# Both stay as they are in a process, and as module constants torch.compile takes them as such. Triton is not asked: it
+# takes a second to import, and reads the same variable when it is.
+_INSTALLED = find_spec("triton") is not None
+_INTERPRETING = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")
+
 
 def why_no_triton(*tensors: Tensor | None) -> str | None:
     """The reason why the Triton kernels cannot run on these tensors; None when they can."""
-    installed, interpreting = _triton()
-    if not installed:
+    if not _INSTALLED:
         return "the package triton is not installed"
     present = [tensor for tensor in tensors if tensor is not None]
     if any(tensor.dtype == torch.float64 for tensor in present):
         return "the kernels compute in float32, and an input is float64"
     device = present[0].device
-    if device.type == "cuda" or (device.type == "cpu" and interpreting):
+    if device.type == "cuda" or (device.type == "cpu" and _INTERPRETING):
         return None
     return f"the tensors are on {device}; it needs a GPU, or TRITON_INTERPRET=1 for the interpreter on the CPU"
-
-
-@torch.compiler.assume_constant_result
-def _triton() -> tuple[bool, bool]:
-    """(installed, running kernels in the interpreter); both stay as they are in a process."""
-    if find_spec("triton") is None:
-        return False, False
-    import triton
-
-    return True, triton.knobs.runtime.interpret
 
 
 def resolve(backend: str, *tensors: Tensor | None) -> str:

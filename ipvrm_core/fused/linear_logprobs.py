@@ -6,9 +6,9 @@ Shape letters: N rows, n rows of one chunk, D hidden size, V vocabulary, K ids a
 import torch
 from torch import Tensor
 
-from ipvrm_core.chunked.head import HeadGradients, empty_gradients, wide_dtype
-from ipvrm_core.chunked.rows import row_work
-from ipvrm_core.chunked.transform import LogitTransform
+from ipvrm_core.fused.head import HeadGradients, empty_gradients, wide_dtype
+from ipvrm_core.fused.rows import row_work
+from ipvrm_core.fused.transform import LogitTransform
 
 
 @torch.library.custom_op("ipvrm::linear_logprobs", mutates_args=())

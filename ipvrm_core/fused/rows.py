@@ -8,10 +8,10 @@ import math
 import torch
 from torch import Tensor
 
-from ipvrm_core.chunked.head import _SCRATCH_BYTES, Head, rows_per_chunk
-from ipvrm_core.chunked.policy_terms import policy_terms
-from ipvrm_core.chunked.softmax import RowSoftmax, logit_gradient_, row_softmax_
-from ipvrm_core.chunked.transform import LogitTransform
+from ipvrm_core.fused.head import _SCRATCH_BYTES, Head, rows_per_chunk
+from ipvrm_core.fused.policy_terms import policy_terms
+from ipvrm_core.fused.softmax import RowSoftmax, logit_gradient_, row_softmax_
+from ipvrm_core.fused.transform import LogitTransform
 from ipvrm_core.types import PolicyBatch, PolicyLossConfig
 
 
@@ -19,7 +19,7 @@ def row_work(triton: bool, *arguments) -> "TorchRows":
     """TorchRows(...) or TritonRows(...), whose interface is the same."""
     if not triton:
         return TorchRows(*arguments)
-    from ipvrm_core.chunked.triton_rows import TritonRows
+    from ipvrm_core.fused.triton_rows import TritonRows
 
     return TritonRows(*arguments)
 
@@ -76,13 +76,14 @@ class TorchRows:
     ) -> tuple[Tensor, Tensor | None]:
         """(metrics [n, M], dLoss/dx [n, V] or None if no target is given)."""
         slope_nV, batch_n = self.transform.rows(rows).apply_(x_nV), batch.rows(rows)
-        ids_nK = batch_n.ids_NK
-        softmax = row_softmax_(x_nV, self.scratch, ids_nK)
+        softmax = row_softmax_(x_nV, self.scratch, batch_n.ids_NS)
         terms = policy_terms(softmax.logprobs_NK, softmax.entropy_N, batch_n, settings)
         if target_nV is None:
             return terms.metrics_NM, None
         grad_entropy_n = terms.grad_entropy_N if settings.entropy_coef else None
-        return terms.metrics_NM, self._gradient(rows, softmax, ids_nK, terms.c_NK, slope_nV, None, grad_entropy_n)
+        return terms.metrics_NM, self._gradient(
+            rows, softmax, batch_n.ids_NS, terms.c_NS, slope_nV, None, grad_entropy_n
+        )
 
     def _gradient(
         self,

@@ -1,7 +1,8 @@
-"""The functions of reference/segments.py over the GPU kernels of kernels/, differentiable as often as wanted.
+"""The functions of `segments` over the GPU kernels of kernels/, differentiable as often as wanted.
 
-The gradient of a scan is the scan in the other direction, that of a sum is `expand`, and that of group moments takes
-two group means. Float32 inside, results in x's dtype; deterministic, and a sequence's results are its own to the bit.
+The gradient of a scan is the scan in the other direction, that of a sum gives each token its sequence's, and that of
+group moments takes two group means. Float32 inside, results in x's dtype; deterministic, and a sequence's results are
+its own to the bit.
 
 Shape letters: N packed tokens, B sequences.
 """
@@ -9,8 +10,7 @@ Shape letters: N packed tokens, B sequences.
 import torch
 from torch import Tensor
 
-from ipvrm_core.packing import lengths_of
-from ipvrm_core.reference.segments import expand
+from ipvrm_core.packing import lengths_of, sequence_ids
 
 
 def segment_cumsum(x_N: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def _sum_context(ctx, inputs, output) -> None:
 
 
 def _sum_backward(ctx, grad_B):
-    return expand(grad_B, *ctx.saved_tensors, ctx.total), None
+    return grad_B[sequence_ids(*ctx.saved_tensors, ctx.total)], None
 
 
 segment_sum.register_autograd(_sum_backward, setup_context=_sum_context)

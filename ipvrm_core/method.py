@@ -1,24 +1,22 @@
-"""The two published settings of the method, `paper` and `official` (the authors' code), as data.
+"""The switches of the method, and their two published settings: `paper` and `official` (the authors' code).
 
 One field per row of the table in docs/method.md where the two differ or a user would ask. A trainer configuration
-starts from a preset and overrides fields by name; the library functions never read a preset by themselves.
+starts from one of METHODS and overrides fields by name; `distrl_advantages` takes a Method.
 """
 
 from dataclasses import dataclass, fields
 from typing import Literal
 
-from ipvrm_core.reference.advantages import Estimator, Outcome, SigmaForm
-from ipvrm_core.reference.aggregation import Aggregation
+from ipvrm_core.sequences.advantages import Normalize, Outcome, SigmaForm
+from ipvrm_core.sequences.aggregation import Aggregation
 from ipvrm_core.types import PolicyLossConfig
 
 
 @dataclass(frozen=True)
-class Preset:
+class Method:
     """Every switch of the method; the defaults are the paper's (arXiv 2604.13197v2)."""
 
     # reward model
-    beta: float = 10.0
-    offline_margin: float = 5.0
     online_margin: float = 5.0
     dlw_scale: Literal["raw", "group"] = "raw"
     online_reference: Literal["old", "sft"] = "old"  # of the online loss: the sampling policy, or the start
@@ -33,9 +31,9 @@ class Preset:
     sigma_scope: Literal["minibatch", "batch"] = "minibatch"
     sigma_form: SigmaForm = "std_plus_eps"
     outcome: Outcome = "grpo"  # of the whole answer: group-normalised | minus the others' mean | the reward itself
-    estimator: Estimator = "gae"  # of the tokens; see docs/method.md
-    gae_normalize: Literal["group", "batch"] = "group"
-    gae_coef: float = 1.0
+    estimator: str = "gae"  # of the tokens: a file of ipvrm_core/estimators, or package.module:Class
+    process_normalize: Normalize = "group"  # of the TD errors that `gae`, `mc` and `td` take
+    process_coef: float = 1.0  # A_t = outcome + process_coef * process_t
     gamma: float = 1.0
     lam: float = 1.0
     candidate_baseline: Literal["none", "mean"] = "none"  # "mean": `center_on_candidates`, ours
@@ -48,20 +46,9 @@ class Preset:
     candidate_clip_high: float = 0.28
     candidate_dual_clip: float | None = None
     aggregation: Aggregation = "sequence_mean"
-    # batch
-    rollouts: int = 4
-    prompts: int = 512
-    keep_prompts: int = 256
-    too_few_mixed: Literal["sample_on", "fill"] = "sample_on"
-    accuracy_range: tuple[float, float] = (0.0, 1.0)  # of mixed prompts, those with mu inside; rePIRL: 0.2, 0.8
-
-    def keeps(self, right: int) -> bool:
-        """Whether a prompt with so many right answers of `rollouts` is one to learn from."""
-        low, high = self.accuracy_range
-        return 0 < right < self.rollouts and low <= right / self.rollouts <= high
 
     def loss_config(self, temperature: float = 1.0, **override) -> PolicyLossConfig:
-        """The PolicyLossConfig of this preset."""
+        """The PolicyLossConfig of this method."""
         shared = {field.name for field in fields(PolicyLossConfig)} & {field.name for field in fields(self)}
         return PolicyLossConfig(
             **{**{name: getattr(self, name) for name in shared}, "temperature": temperature, **override}
@@ -72,10 +59,9 @@ class Preset:
         return {name: getattr(self, name) for name in ("p_min", "strict", "top_k", "keep_sampled")}
 
 
-PRESETS: dict[str, Preset] = {
-    "paper": Preset(),
-    "official": Preset(
-        offline_margin=0.0,  # as documented there; the online flag defaults to 5
+METHODS: dict[str, Method] = {
+    "paper": Method(),
+    "official": Method(
         dlw_scale="group",
         strict=True,
         top_k=5,
@@ -83,15 +69,11 @@ PRESETS: dict[str, Preset] = {
         skip_last_token=True,
         sigma_scope="batch",
         sigma_form="floored_std",
-        gae_normalize="batch",
-        gae_coef=0.05,
+        process_normalize="batch",
+        process_coef=0.05,
         dual_clip=3.0,
         candidate_clip_high=0.20,
         candidate_dual_clip=3.0,
         aggregation="token_mean",
-        rollouts=16,
-        prompts=1024,
-        keep_prompts=512,
-        too_few_mixed="fill",
     ),
 }
