@@ -20,10 +20,10 @@ def select(odds=ODDS, p_min=0.25, sampled=0, dtype=torch.float64, **rule) -> Can
 
 def test_members_ascending_padded_and_not_renormalised():
     got = select(odds=(4, 1, 3, 2), p_min=0.25)  # p = (.4, .1, .3, .2): ids 0 and 2; slots floor(1 / .25) = 4
-    assert got.ids_NK.tolist() == [[0, 2, -1, -1]]
+    assert got.ids_NS[:, 1:].tolist() == [[0, 2, -1, -1]]
     assert got.counts_N.tolist() == [2]
-    torch.testing.assert_close(got.logprobs_NK[0, :2].exp(), torch.tensor([0.4, 0.3], dtype=torch.float64))
-    assert got.logprobs_NK[0, 2:].tolist() == [0.0, 0.0]
+    torch.testing.assert_close(got.logprobs_NS[:, 1:][0, :2].exp(), torch.tensor([0.4, 0.3], dtype=torch.float64))
+    assert got.logprobs_NS[:, 1:][0, 2:].tolist() == [0.0, 0.0]
     torch.testing.assert_close(got.sampled_logprobs_N.exp(), torch.tensor([0.4], dtype=torch.float64))
     # the entropy does not depend on the order of (.1, .2, .3, .4)
     torch.testing.assert_close(got.entropy_N, torch.tensor([1.279854225833668], dtype=torch.float64))
@@ -31,7 +31,7 @@ def test_members_ascending_padded_and_not_renormalised():
 
 def test_sampled_logprob_is_returned_also_outside_the_set():
     got = select(p_min=0.35, sampled=0)  # only p = .4 qualifies; the sampled token has .1
-    assert got.ids_NK.tolist() == [[3, -1]]
+    assert got.ids_NS[:, 1:].tolist() == [[3, -1]]
     torch.testing.assert_close(got.sampled_logprobs_N.exp(), torch.tensor([0.1], dtype=torch.float64))
 
 
@@ -41,29 +41,29 @@ def test_threshold_is_inclusive_unless_strict(dtype):
     assert select(odds=(1, 1, 1, 1), p_min=0.25, dtype=dtype).counts_N.tolist() == [4]
     strict = select(odds=(1, 1, 1, 1), p_min=0.25, dtype=dtype, strict=True)
     assert strict.counts_N.tolist() == [0]
-    assert strict.ids_NK.tolist() == [[-1] * 4]
+    assert strict.ids_NS[:, 1:].tolist() == [[-1] * 4]
 
 
 def test_top_k_caps_and_gives_ties_to_the_smaller_id():
     # p = (1, 3, 3, 1, 3) / 11 with P_min = .2: ids 1, 2, 4 all at 3/11 = .27; the cap of two keeps 1 and 2
     got = select(odds=(1, 3, 3, 1, 3), p_min=0.2, top_k=2)
-    assert got.ids_NK.tolist() == [[1, 2]]
+    assert got.ids_NS[:, 1:].tolist() == [[1, 2]]
     assert got.counts_N.tolist() == [2]
     # the cap keeps the most probable, not the smallest ids: p = (.1, .2, .3, .4)
-    assert select(p_min=0.2, top_k=1).ids_NK.tolist() == [[3]]
+    assert select(p_min=0.2, top_k=1).ids_NS[:, 1:].tolist() == [[3]]
     # and never lets a token in that the threshold keeps out
-    assert select(p_min=0.35, top_k=3).ids_NK.tolist() == [[3, -1]]
-    assert select(p_min=0.35, top_k=0).ids_NK.shape == (1, 0)
+    assert select(p_min=0.35, top_k=3).ids_NS[:, 1:].tolist() == [[3, -1]]
+    assert select(p_min=0.35, top_k=0).ids_NS[:, 1:].shape == (1, 0)
 
 
 def test_sampled_token_is_kept_beyond_threshold_and_cap():
     got = select(p_min=0.35, sampled=0, keep_sampled=True)  # slots floor(1 / .35) + 1 = 3
-    assert got.ids_NK.tolist() == [[0, 3, -1]]
+    assert got.ids_NS[:, 1:].tolist() == [[0, 3, -1]]
     assert got.counts_N.tolist() == [2]
-    torch.testing.assert_close(got.logprobs_NK[0, :2].exp(), torch.tensor([0.1, 0.4], dtype=torch.float64))
+    torch.testing.assert_close(got.logprobs_NS[:, 1:][0, :2].exp(), torch.tensor([0.1, 0.4], dtype=torch.float64))
     # beyond a full cap as well, and not twice when it already is a member
-    assert select(p_min=0.2, top_k=1, sampled=1, keep_sampled=True).ids_NK.tolist() == [[1, 3]]
-    assert select(p_min=0.2, top_k=1, sampled=3, keep_sampled=True).ids_NK.tolist() == [[3, -1]]
+    assert select(p_min=0.2, top_k=1, sampled=1, keep_sampled=True).ids_NS[:, 1:].tolist() == [[1, 3]]
+    assert select(p_min=0.2, top_k=1, sampled=3, keep_sampled=True).ids_NS[:, 1:].tolist() == [[3, -1]]
 
 
 def test_excluded_rows_have_no_candidates_even_with_keep_sampled():
@@ -71,9 +71,9 @@ def test_excluded_rows_have_no_candidates_even_with_keep_sampled():
     got = select_candidates_from_logits(
         logits, torch.tensor([3, 3]), 0.35, keep_sampled=True, exclude_N=torch.tensor([False, True])
     )
-    assert got.ids_NK.tolist() == [[3, -1, -1], [-1, -1, -1]]
+    assert got.ids_NS[:, 1:].tolist() == [[3, -1, -1], [-1, -1, -1]]
     assert got.counts_N.tolist() == [1, 0]
-    assert got.logprobs_NK[1].tolist() == [0.0, 0.0, 0.0]
+    assert got.logprobs_NS[:, 1:][1].tolist() == [0.0, 0.0, 0.0]
     torch.testing.assert_close(got.sampled_logprobs_N.exp(), torch.tensor([0.4, 0.4], dtype=torch.float64))
 
 
@@ -83,16 +83,18 @@ def test_official_rule():
     odds = (10, 20, 12, 11, 13, 14, 15, 5)
     official = {"strict": True, "top_k": 5, "keep_sampled": True}
     got = select(odds=odds, p_min=0.1, sampled=7, dtype=torch.float32, **official)
-    assert got.ids_NK.tolist() == [[1, 2, 4, 5, 6, 7]]
+    assert got.ids_NS[:, 1:].tolist() == [[1, 2, 4, 5, 6, 7]]
     assert got.counts_N.tolist() == [6]
 
 
 def test_probabilities_are_at_the_sampling_temperature():
     # T = 1/2: p = (1, 4, 9, 16) / 30 = (.03, .13, .3, .53)
     got = select(p_min=0.25, temperature=0.5)
-    assert got.ids_NK.tolist() == [[2, 3, -1, -1]]
-    torch.testing.assert_close(got.logprobs_NK[0, :2].exp(), torch.tensor([9 / 30, 16 / 30], dtype=torch.float64))
-    assert select(p_min=0.5, temperature=0.5).ids_NK.tolist() == [[3, -1]]
+    assert got.ids_NS[:, 1:].tolist() == [[2, 3, -1, -1]]
+    torch.testing.assert_close(
+        got.logprobs_NS[:, 1:][0, :2].exp(), torch.tensor([9 / 30, 16 / 30], dtype=torch.float64)
+    )
+    assert select(p_min=0.5, temperature=0.5).ids_NS[:, 1:].tolist() == [[3, -1]]
     assert select(p_min=0.5).counts_N.tolist() == [0]
 
 
@@ -110,7 +112,7 @@ def test_slots():
 
 
 def test_slots_never_exceed_the_vocabulary():
-    assert select(p_min=0.05).ids_NK.shape == (1, 4)
+    assert select(p_min=0.05).ids_NS[:, 1:].shape == (1, 4)
 
 
 @pytest.mark.parametrize("bad", [{"p_min": 0.0}, {"p_min": 1.5}, {"p_min": -0.1}, {"p_min": 0.1, "top_k": -1}])
@@ -122,15 +124,15 @@ def test_bad_rules_are_refused(bad):
 def test_counts_stay_within_the_slots_when_rounding_admits_one_more():
     # ten tokens at .1 and P_min a hair above: floor(1 / P_min) = 9, but in float32 log .1 and log P_min are equal
     got = select(odds=(1,) * 10, p_min=0.1 + 1e-9, dtype=torch.float32)
-    assert got.ids_NK.shape == (1, 9)
-    assert got.counts_N.item() == (got.ids_NK >= 0).sum().item()
+    assert got.ids_NS[:, 1:].shape == (1, 9)
+    assert got.counts_N.item() == (got.ids_NS[:, 1:] >= 0).sum().item()
 
 
 def test_linear_form_is_the_rule_on_its_logits():
     hidden = torch.tensor([[1.0]], dtype=torch.float64)
     weight = torch.tensor([[math.log(x) - 1] for x in ODDS], dtype=torch.float64)
     got = select_candidates(hidden, weight, torch.tensor([0]), 0.25, bias_V=torch.ones(4, dtype=torch.float64))
-    assert got.ids_NK.tolist() == [[2, 3, -1, -1]]
+    assert got.ids_NS[:, 1:].tolist() == [[2, 3, -1, -1]]
 
 
 @settings(max_examples=50, deadline=None)
@@ -146,10 +148,10 @@ def test_the_set_is_bounded_and_is_the_set(seed, p_min, scale, vocabulary, dtype
     logits = scale * torch.randn(6, vocabulary, generator=generator, dtype=dtype)
     got = select_candidates_from_logits(logits, torch.zeros(6, dtype=torch.int64), p_min)
     assert got.counts_N.max() <= math.floor(1 / p_min * (1 + 1e-12))
-    mass = torch.where(got.ids_NK >= 0, got.logprobs_NK.exp(), 0.0).sum(1)
+    mass = torch.where(got.ids_NS[:, 1:] >= 0, got.logprobs_NS[:, 1:].exp(), 0.0).sum(1)
     assert (mass <= 1 + 1e-5).all()
     probabilities = logits.softmax(-1)
-    for row, ids, count in zip(probabilities, got.ids_NK, got.counts_N, strict=True):
+    for row, ids, count in zip(probabilities, got.ids_NS[:, 1:], got.counts_N, strict=True):
         expected = [v for v, p in enumerate(row.tolist()) if p >= p_min]
         if all(abs(p / p_min - 1) > 1e-5 for p in row.tolist()):  # away from the threshold there is one right answer
             assert ids[ids >= 0].tolist() == expected
@@ -163,15 +165,15 @@ def test_a_constant_added_to_a_row_changes_nothing(seed, shift):
     sampled = torch.tensor([0, 3, 5, 11])
     plain = select_candidates_from_logits(logits, sampled, 0.05)
     moved = select_candidates_from_logits(logits + shift, sampled, 0.05)
-    assert torch.equal(plain.ids_NK, moved.ids_NK)
-    torch.testing.assert_close(plain.logprobs_NK, moved.logprobs_NK, rtol=0, atol=1e-12)
+    assert torch.equal(plain.ids_NS[:, 1:], moved.ids_NS[:, 1:])
+    torch.testing.assert_close(plain.logprobs_NS[:, 1:], moved.logprobs_NS[:, 1:], rtol=0, atol=1e-12)
 
 
 def test_p_min_one_leaves_only_the_sampled_branch():
     logits = torch.randn(50, 20, generator=torch.Generator().manual_seed(0))
     got = select_candidates_from_logits(logits, torch.zeros(50, dtype=torch.int64), 1.0)
-    assert got.ids_NK.tolist() == [[-1]] * 50
+    assert got.ids_NS[:, 1:].tolist() == [[-1]] * 50
     assert got.counts_N.sum() == 0
     # a certain token is the one exception
     certain = torch.tensor([[0.0, -math.inf]])
-    assert select_candidates_from_logits(certain, torch.tensor([0]), 1.0).ids_NK.tolist() == [[0]]
+    assert select_candidates_from_logits(certain, torch.tensor([0]), 1.0).ids_NS[:, 1:].tolist() == [[0]]

@@ -1,13 +1,13 @@
 """The whole policy loss on one row, worked out by hand, term by term and down to the gradient of the logits."""
 
 import math
-from dataclasses import replace
 
 import pytest
 import torch
 
 from ipvrm_core.reference.policy_loss import distrl_loss, distrl_loss_from_logits
-from ipvrm_core.types import METRICS, PolicyBatch, PolicyLossConfig
+from ipvrm_core.types import METRICS, PolicyLossConfig
+from tests.slots import change, from_branches
 
 LN2 = math.log(2)
 
@@ -23,7 +23,7 @@ def close(got, expected, atol=1e-12):
 # p = (1/2, 1/4, 1/4).  The sampled token is 0: pi_old .4, so rho = 1.25; A = 2.
 # Candidates 0 and 1, one slot padded: pi_old (.4, .25), so rho = (1.25, 1); A_TD = (-1, 4).
 LOGITS = f64([[2.0, 1.0, 1.0]]).log()
-BATCH = PolicyBatch(
+BATCH = from_branches(
     sampled_ids_N=torch.tensor([0]),
     old_logprobs_N=f64([0.4]).log(),
     advantages_N=f64([2.0]),
@@ -38,7 +38,7 @@ BATCH = PolicyBatch(
 
 def run(config=None, **fields):
     logits = LOGITS.clone().requires_grad_()
-    out = distrl_loss_from_logits(logits, replace(BATCH, **fields), config)
+    out = distrl_loss_from_logits(logits, change(BATCH, **fields), config)
     out.loss.backward()
     return out, logits.grad
 
@@ -176,11 +176,11 @@ def test_kl_needs_a_reference():
 
 def test_user_errors_name_what_was_wrong():
     with pytest.raises(ValueError, match=r"advantages_N must be \[N\] = \(1,\); got shape \(2,\)"):
-        replace(BATCH, advantages_N=f64([1.0, 2.0]))
+        change(BATCH, advantages_N=f64([1.0, 2.0]))
     with pytest.raises(ValueError, match=r"candidate_old_logprobs_NK must be \[N, K\] = \(1, 3\)"):
-        replace(BATCH, candidate_old_logprobs_NK=f64([[1.0, 2.0]]))
+        change(BATCH, candidate_old_logprobs_NK=f64([[1.0, 2.0]]))
     with pytest.raises(ValueError, match="sampled_ids_N must be int64"):
-        replace(BATCH, sampled_ids_N=torch.tensor([0], dtype=torch.int32))
+        change(BATCH, sampled_ids_N=torch.tensor([0], dtype=torch.int32))
     for bad in (
         {"clip_low": 1.5},
         {"candidate_clip_low": -0.1},

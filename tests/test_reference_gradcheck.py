@@ -13,7 +13,8 @@ from ipvrm_core.sequences.reward_losses import (
     qrm_loss,
     repirl_loss,
 )
-from ipvrm_core.types import PolicyBatch, PolicyLossConfig
+from ipvrm_core.types import PolicyLossConfig
+from tests.slots import from_branches
 
 N, D, V, K = 8, 3, 6, 3
 RATIOS = torch.tensor([0.5, 0.9, 1.1, 1.6, 4.0], dtype=torch.float64)  # bounds at .8, 1.2, 1.28 and the dual clip at 3
@@ -38,7 +39,7 @@ def make_batch(hidden, weight, bias, temperature):
     pick = RATIOS[torch.randint(len(RATIOS), (N, 1 + K), generator=generator)].log()
     token_weights = torch.rand(N, generator=generator, dtype=torch.float64)
     token_weights[3] = 0.0
-    return PolicyBatch(
+    return from_branches(
         sampled_ids_N=sampled,
         old_logprobs_N=logp_NV.gather(1, sampled[:, None])[:, 0] - pick[:, 0],
         advantages_N=randn(N, seed=11),

@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipvrm_core.packing import cu_seqlens_from_lengths
-from ipvrm_core.sequences.aggregation import branch_weights, candidate_mass, normalizers
 from ipvrm_core.reference.candidates import select_candidates_from_logits
 from ipvrm_core.reference.policy_loss import distrl_loss
+from ipvrm_core.sequences.aggregation import branch_weights, candidate_mass, normalizers
 from ipvrm_core.types import Normalizers, PolicyBatch, PolicyLossConfig
+from tests.slots import change, from_branches
 
 F64 = torch.float64
 PAPER = PolicyLossConfig(alpha=0.5, kl_coef=0.1, entropy_coef=0.05)
@@ -43,7 +44,7 @@ class World:
         return cu_seqlens_from_lengths(torch.tensor(self.lengths))
 
     def totals(self) -> Normalizers:
-        mass = candidate_mass(self.batch.candidate_ids_NK, self.batch.candidate_old_logprobs_NK)
+        mass = candidate_mass(self.batch.ids_NS, self.batch.old_logprobs_NS)
         return normalizers(self.cu(), self.mask, mass)
 
     def weighted(self, totals: Normalizers, aggregation: str) -> PolicyBatch:
@@ -63,7 +64,7 @@ def make_world(seed: int, lengths: list[int], D=4, V=9, K=3) -> World:
     sampled = torch.randint(V, (N,), generator=generator)
     ids = torch.rand(N, V, generator=generator).argsort(1)[:, :K]
     padded = torch.rand(N, K, generator=generator) < 0.3
-    batch = PolicyBatch(
+    batch = from_branches(
         sampled_ids_N=sampled,
         old_logprobs_N=old.gather(1, sampled[:, None])[:, 0],
         advantages_N=randn(N),
@@ -144,15 +145,15 @@ def test_the_order_of_the_sequences_does_not_matter(aggregation, seed, lengths, 
 def test_masked_rows_and_padded_slots_may_hold_garbage(aggregation, seed, lengths, huge):
     world, config = make_world(seed, lengths), SETTINGS[aggregation]
     batch = world.weighted(world.totals(), aggregation)
-    dead_N, live_NK = ~world.mask, (batch.candidate_ids_NK >= 0) & world.mask[:, None]
-    dirty = replace(
+    dead_N, live_NK = ~world.mask, (batch.ids_NS[:, 1:] >= 0) & world.mask[:, None]
+    dirty = change(
         batch,
-        sampled_ids_N=batch.sampled_ids_N.masked_fill(dead_N, 8),
-        old_logprobs_N=batch.old_logprobs_N.masked_fill(dead_N, huge),
-        advantages_N=batch.advantages_N.masked_fill(dead_N, huge),
+        sampled_ids_N=batch.ids_NS[:, 0].masked_fill(dead_N, 8),
+        old_logprobs_N=batch.old_logprobs_NS[:, 0].masked_fill(dead_N, huge),
+        advantages_N=batch.advantages_NS[:, 0].masked_fill(dead_N, huge),
         ref_logprobs_N=batch.ref_logprobs_N.masked_fill(dead_N, huge),
-        candidate_old_logprobs_NK=batch.candidate_old_logprobs_NK.masked_fill(~live_NK, huge),
-        candidate_advantages_NK=batch.candidate_advantages_NK.masked_fill(~live_NK, -huge),
+        candidate_old_logprobs_NK=batch.old_logprobs_NS[:, 1:].masked_fill(~live_NK, huge),
+        candidate_advantages_NK=batch.advantages_NS[:, 1:].masked_fill(~live_NK, -huge),
     )
     clean = evaluate(world.hidden, world.weight, batch, config)
     got = evaluate(world.hidden, world.weight, dirty, config)
@@ -161,7 +162,7 @@ def test_masked_rows_and_padded_slots_may_hold_garbage(aggregation, seed, length
     near(got[2], clean[2])
     assert not got[1][dead_N].any()
     mass = candidate_mass(dirty.candidate_ids_NK, dirty.candidate_old_logprobs_NK)
-    near(mass[world.mask], candidate_mass(batch.candidate_ids_NK, batch.candidate_old_logprobs_NK)[world.mask])
+    near(mass[world.mask], candidate_mass(batch.ids_NS, batch.old_logprobs_NS)[world.mask])
 
 
 @aggregations
@@ -180,7 +181,7 @@ def test_more_masked_tokens_and_more_padded_slots_change_nothing(aggregation, se
     longer = World(
         torch.cat([world.hidden, other.hidden]),
         world.weight,
-        PolicyBatch(**batch),
+        from_branches(**batch),
         torch.cat([world.mask, other.mask]),
         [*lengths, extra],
     )
@@ -215,13 +216,13 @@ def loops(world: World, alpha: float, aggregation: str, dual: float | None, cand
         dist.append([])
         for _ in range(length):
             if world.mask[row]:
-                rho = p[row, world.batch.sampled_ids_N[row]] / world.batch.old_logprobs_N[row].exp()
-                sampled[-1].append(term(rho, world.batch.advantages_N[row], 0.28))
+                rho = p[row, world.batch.ids_NS[:, 0][row]] / world.batch.old_logprobs_NS[:, 0][row].exp()
+                sampled[-1].append(term(rho, world.batch.advantages_NS[:, 0][row], 0.28))
                 dist[-1].append(torch.zeros((), dtype=F64))
-                for k, v in enumerate(world.batch.candidate_ids_NK[row].tolist()):
+                for k, v in enumerate(world.batch.ids_NS[:, 1:][row].tolist()):
                     if v >= 0:
-                        old = world.batch.candidate_old_logprobs_NK[row, k].exp()
-                        A = world.batch.candidate_advantages_NK[row, k]
+                        old = world.batch.old_logprobs_NS[:, 1:][row, k].exp()
+                        A = world.batch.advantages_NS[:, 1:][row, k]
                         dist[-1][-1] = dist[-1][-1] + old * term(p[row, v] / old, A, candidate_high)
                         mass += old
             row += 1
@@ -257,12 +258,12 @@ def test_p_min_one_is_grpo():
     world = make_world(3, [4, 3])
     world.mask[0] = True
     logits = world.hidden @ world.weight.T
-    got = select_candidates_from_logits(logits, world.batch.sampled_ids_N, p_min=1.0)
-    world.batch = replace(
+    got = select_candidates_from_logits(logits, world.batch.ids_NS[:, 0], p_min=1.0)
+    world.batch = change(
         world.batch,
-        candidate_ids_NK=got.ids_NK,
-        candidate_old_logprobs_NK=got.logprobs_NK,
-        candidate_advantages_NK=torch.ones_like(got.logprobs_NK),
+        candidate_ids_NK=got.ids_NS[:, 1:],
+        candidate_old_logprobs_NK=got.logprobs_NS[:, 1:],
+        candidate_advantages_NK=torch.ones_like(got.logprobs_NS[:, 1:]),
     )
     out = evaluate(world.hidden, world.weight, world.weighted(world.totals(), "sequence_mean"), PolicyLossConfig())
     near(out[0]["loss"], loops(world, 0.0, "sequence_mean", None, 0.28))

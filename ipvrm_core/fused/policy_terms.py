@@ -36,7 +36,7 @@ def policy_terms(logprobs_NS: Tensor, entropy_N: Tensor, batch: PolicyBatch, con
     mass_NS = (weight_NS * old_NS.exp().masked_fill(sampled_S, 1.0)).masked_fill(dead_NS, 0.0)
     advantages_NS = batch.advantages_NS.to(wide).masked_fill(dead_NS, 0.0)
     loss_NS, slope_NS, clipped_NS = clipped_surrogate(log_ratio_NS, advantages_NS, *_clip(sampled_S, wide, config))
-    c_NS = mass_NS * slope_NS * torch.where(sampled_S, 1.0, config.alpha)
+    c_NS = mass_NS * slope_NS * _by_slot(sampled_S, 1.0, config.alpha, wide)
 
     ratio_N, k3_old_N, _ = k3(log_ratio_NS[:, 0])
     kl_N = torch.zeros_like(weight_N)
@@ -67,7 +67,12 @@ def _clip(sampled_S: Tensor, wide: torch.dtype, config: PolicyLossConfig) -> tup
         (1 + config.clip_high, 1 + config.candidate_clip_high),
         (config.dual_clip or torch.inf, config.candidate_dual_clip or torch.inf),
     )
-    return tuple(torch.where(sampled_S, one, other).to(wide) for one, other in pairs)
+    return tuple(_by_slot(sampled_S, one, other, wide) for one, other in pairs)
+
+
+def _by_slot(sampled_S: Tensor, one: float, other: float, wide: torch.dtype) -> Tensor:
+    """[S]: one number for the sampled token, the other for the candidates."""
+    return torch.full_like(sampled_S, other, dtype=wide).masked_fill_(sampled_S, one)
 
 
 def clipped_surrogate(

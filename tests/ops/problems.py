@@ -13,6 +13,7 @@ from torch import Tensor
 import ipvrm_core as ic
 from ipvrm_core.reference import logprobs as ref_logprobs
 from ipvrm_core.reference import policy_loss as ref_loss
+from tests.slots import from_branches
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float64: 1e-13}  # of the largest entry of the truth
@@ -58,7 +59,7 @@ def make_problem(
         logits = F.linear(head.hidden, head.weight, head.bias)
         logp = ref_logprobs.logprobs_from_logits(logits, ids, **transform).logprobs_NK
     old = (logp + 0.4 * torch.randn(N, 1 + K)).masked_fill(ids < 0, 0.0)
-    batch = ic.PolicyBatch(
+    batch = from_branches(
         sampled_ids_N=sampled,
         old_logprobs_N=old[:, 0],
         advantages_N=torch.randn(N),
@@ -138,7 +139,7 @@ def logprobs_and_gradients(output: ic.LogProbs, inputs: list[Tensor], use: str) 
 
 
 def check_logprobs(problem: Problem, temperature, use="all", tolerance=None, softcap=None, **options) -> None:
-    wide, ids = problem.to(torch.float64), problem.batch.ids_NK
+    wide, ids = problem.to(torch.float64), problem.batch.ids_NS
     transform = {"temperature": temperature, "softcap": softcap}
     naive_logits = F.linear(problem.hidden, problem.weight, problem.bias)
     naive = logprobs_and_gradients(

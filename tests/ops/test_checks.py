@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import ipvrm_core as ic
+from tests.slots import change
 
 N, D, V, K = 4, 3, 11, 2
 
@@ -17,10 +18,9 @@ def head():
 
 @pytest.fixture
 def batch():
-    return ic.PolicyBatch(
-        torch.arange(N), torch.zeros(N), torch.ones(N), torch.ones(N), torch.zeros(N, K, dtype=torch.int64),
-        torch.zeros(N, K), torch.ones(N, K), torch.ones(N),
-    )  # fmt: skip
+    ids = torch.zeros(N, 1 + K, dtype=torch.int64)
+    ids[:, 0] = torch.arange(N)
+    return ic.PolicyBatch(ids, torch.zeros(N, 1 + K), torch.ones(N, 1 + K), torch.ones(N), torch.ones(N))
 
 
 IDS = torch.zeros(N, K, dtype=torch.int64)
@@ -85,10 +85,10 @@ def test_select_candidates_refuses(head, change, message, backend):
 def test_distrl_loss_refuses(head, batch, backend):
     with pytest.raises(ValueError, match=r"kl_coef > 0 needs batch.ref_logprobs_N; got None"):
         ic.distrl_loss(*head, batch, ic.PolicyLossConfig(kl_coef=0.1), backend=backend)
-    with pytest.raises(ValueError, match=r"sampled_ids_N must be int64 \[N = 3\]"):
+    with pytest.raises(ValueError, match=r"ids_NS must be int64 \[N = 3, K\]"):
         ic.distrl_loss(head[0][:3], head[1], batch, backend=backend)
-    with pytest.raises(ValueError, match="candidate_ids_NK must be below V = 11; got 50"):
-        ic.distrl_loss(*head, replace(batch, candidate_ids_NK=torch.full((N, K), 50)), backend=backend)
+    with pytest.raises(ValueError, match="ids_NS must be below V = 11; got 50"):
+        ic.distrl_loss(*head, change(batch, candidate_ids_NK=torch.full((N, K), 50)), backend=backend)
     with pytest.raises(ValueError, match=r"logits must be \[N, V\]; got shape \(44,\)"):
         ic.distrl_loss_from_logits(torch.zeros(N * V), batch, backend=backend)
 

@@ -8,6 +8,7 @@ import torch
 
 import ipvrm_core as ic
 from tests.ops.problems import CONFIGS, loss_and_gradients, make_problem
+from tests.slots import change, from_branches
 
 
 def test_given_logits_are_not_written_to():
@@ -15,8 +16,8 @@ def test_given_logits_are_not_written_to():
     logits = torch.randn(8, 33)
     before = logits.clone()
     ic.distrl_loss_from_logits(logits.requires_grad_(), problem.batch).loss.backward()
-    ic.logprobs_from_logits(logits, problem.batch.ids_NK).logprobs_NK.sum().backward()
-    ic.select_candidates_from_logits(logits, problem.batch.sampled_ids_N)
+    ic.logprobs_from_logits(logits, problem.batch.ids_NS).logprobs_NK.sum().backward()
+    ic.select_candidates_from_logits(logits, problem.batch.ids_NS[:, 0])
     assert torch.equal(logits, before)
 
 
@@ -39,11 +40,11 @@ def test_all_rows_masked_and_no_candidates_left():
     """Zero weights: zero loss and exactly zero gradients, also where ids are padding everywhere."""
     problem = make_problem(9, 6, 65, 4)
     batch = problem.batch
-    batch = replace(
+    batch = change(
         batch,
         token_weights_N=torch.zeros(9),
         candidate_weights_N=torch.ones(9),
-        candidate_ids_NK=torch.full_like(batch.candidate_ids_NK, -1),
+        candidate_ids_NK=torch.full_like(batch.ids_NS[:, 1:], -1),
     )
     output = ic.distrl_loss(problem.hidden, problem.weight, batch, CONFIGS["everything"], bias=problem.bias)
     assert output.loss.item() == 0.0
@@ -53,12 +54,12 @@ def test_all_rows_masked_and_no_candidates_left():
 def test_junk_in_padded_slots_is_never_read():
     """The log-probs and advantages under a padded id may be anything, NaN and inf too."""
     problem = make_problem(9, 6, 65, 4)
-    batch, padding = problem.batch, problem.batch.candidate_ids_NK < 0
+    batch, padding = problem.batch, problem.batch.ids_NS[:, 1:] < 0
     assert padding.any()
-    junk = replace(
+    junk = change(
         batch,
-        candidate_old_logprobs_NK=batch.candidate_old_logprobs_NK.masked_fill(padding, math.inf),
-        candidate_advantages_NK=batch.candidate_advantages_NK.masked_fill(padding, math.nan),
+        candidate_old_logprobs_NK=batch.old_logprobs_NS[:, 1:].masked_fill(padding, math.inf),
+        candidate_advantages_NK=batch.advantages_NS[:, 1:].masked_fill(padding, math.nan),
     )
     results = [
         loss_and_gradients(ic.distrl_loss(problem.hidden, problem.weight, b, bias=problem.bias), problem.inputs, 1.0)
@@ -75,7 +76,7 @@ def test_a_row_of_weight_zero_may_hold_anything(backend):
     weights[2] = weights[5] = 0.0
     clean = replace(problem.batch, token_weights_N=weights, candidate_weights_N=weights)
     dead = weights == 0
-    garbage = replace(
+    garbage = change(
         clean,
         old_logprobs_N=clean.old_logprobs_N.masked_fill(dead, -1e9),
         ref_logprobs_N=clean.ref_logprobs_N.masked_fill(dead, 1e9),
@@ -97,7 +98,7 @@ def test_coefficients_of_equal_ids_add():
     logp = logits.detach().log_softmax(-1)
     ids = torch.tensor([[2, 2]])
     one = torch.ones(1, dtype=torch.float64)
-    batch = ic.PolicyBatch(
+    batch = from_branches(
         torch.tensor([2]), logp[:, 2], 2 * one, one, ids, logp[:, [2, 2]], torch.tensor([[5.0, -1.0]]).double(), one
     )
     ic.distrl_loss_from_logits(logits, batch, ic.PolicyLossConfig(alpha=0.5)).loss.backward()
@@ -112,7 +113,7 @@ def test_temperatures_of_any_dtype(dtype):
     problem = make_problem(9, 6, 65, 4)
     temperatures = torch.arange(2, 11) / 4
     results = [
-        ic.linear_logprobs(problem.hidden, problem.weight, problem.batch.ids_NK, temperature=t)
+        ic.linear_logprobs(problem.hidden, problem.weight, problem.batch.ids_NS, temperature=t)
         for t in (temperatures, temperatures.to(dtype))
     ]
     assert all(map(torch.equal, *results))
