@@ -14,6 +14,9 @@ setup(
     packages=[
         package
         for name, folder in FOLDERS.items()
-        for package in [name, *(f"{name}.{sub}" for sub in find_namespace_packages(folder, exclude=["results*"]))]
+        for package in [
+            name,
+            *(f"{name}.{sub}" for sub in find_namespace_packages(folder, exclude=["results*", "tried*"])),
+        ]
     ],
 )

@@ -58,10 +58,13 @@ def gradient(target: str, x_NV: Tensor, narrowing: bool = False, **options) -> N
     logit_gradient(x_NV, out_NV, ids(N, K), empty(N, K), *statistics, launch=_launch(target, x_NV), **options)
 
 
-def policy(target: str, x_NV: Tensor, narrowing: bool = False, metrics_only: bool = False, ref=None, **options) -> None:
+def policy(
+    target: str, x_NV: Tensor, narrowing: bool = False, metrics_only: bool = False, ref=None, out_NV=None, **options
+) -> None:
     slots, weights = (ids(N, K), empty(N, K), empty(N, K)), (empty(N), empty(N))
     clips = {"clip": Clip(0.2, 0.28, 3.0), "candidate_clip": Clip(0.2, 0.28, 3.0)}
-    out_NV = None if metrics_only else _out(x_NV, narrowing)
+    if out_NV is None and not metrics_only:
+        out_NV = _out(x_NV, narrowing)
     policy_rows(x_NV, out_NV, *slots, *weights, ref, alpha=1.0, **clips, launch=_launch(target, x_NV), **options)
 
 

@@ -40,6 +40,7 @@ class Compiled(NamedTuple):
     registers: int  # on AMD the vector registers
     spilled: int  # local memory (AMD: scratch) of the binary; our kernels have no other use of it
     shared: int
+    assembly: str  # PTX, or of AMD the machine's
 
 
 class _Driver(NamedTuple):
@@ -92,6 +93,7 @@ def _describe(function: JITFunction, kernel, target: str) -> Compiled:
         registers,
         spilled,
         metadata.shared,
+        kernel.asm["amdgcn" if "amdgcn" in kernel.asm else "ptx"],
     )
 
 

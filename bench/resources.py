@@ -85,6 +85,10 @@ def _cell(kernel: Compiled) -> str:
     return f"{kernel.constants['BLOCK']} / {kernel.num_warps}: {kernel.registers}, {kernel.shared} B{spilled}"
 
 
+def _numbers(kernel: Compiled) -> dict[str, object]:
+    return {name: value for name, value in kernel._asdict().items() if name != "assembly"}
+
+
 LEGEND = """Cells: elements of a block / warps of a program: registers of a thread (AMD: vector ones), shared bytes
 of a program, and what a thread spills, if it does. `+ options`: soft cap, a temperature for each row, and whatever else
 the kernel can do. V 50257 is odd, so its rows are not aligned. Programs: resident on one SM of sm_90."""
@@ -109,7 +113,7 @@ def main() -> None:
     if args.markdown:
         args.markdown.write_text(text)
     if args.json:
-        plain = [{"launch": row.case, **{target: on._asdict() for target, on in row.on.items()}} for row in rows]
+        plain = [{"launch": row.case, **{target: _numbers(on) for target, on in row.on.items()}} for row in rows]
         args.json.write_text(json.dumps({"heading": heading(), "rows": plain}, indent=1, default=str) + "\n")
     sys.exit("\n".join(over_budget(rows, BUDGETS)) or None)
 

@@ -54,7 +54,7 @@ def unpack(packed: Tensor, cu_seqlens: Tensor, fill: float = 0.0, *, mask: Tenso
         mask = torch.arange(T, device=packed.device) < lengths_B[:, None]
     elif mask.dim() != 2 or len(mask) != len(lengths_B):
         raise ValueError(f"mask must be [B, T] with B = {len(lengths_B)}; got shape {tuple(mask.shape)}")
-    elif mask.device.type == "cpu" and not torch.equal(mask.sum(1), lengths_B):
+    elif mask.device.type == "cpu" and mask.sum(1).tolist() != lengths_B.tolist():
         raise ValueError(f"mask must have the tokens of cu_seqlens; got {mask.sum(1).tolist()}, {lengths_B.tolist()}")
     padded = packed.new_full((*mask.shape, *packed.shape[1:]), fill)
     return padded.masked_scatter(mask.bool().view(*mask.shape, *[1] * (packed.dim() - 1)), packed)

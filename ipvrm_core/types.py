@@ -4,6 +4,7 @@ Shape letters: N response tokens of the packed batch (rows), B sequences, V voca
 S = 1 + K slots a row: slot 0 is the sampled token, the others are the candidates, padded with id -1.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import NamedTuple, Self
@@ -13,8 +14,8 @@ from torch import Tensor
 
 from ipvrm_core.sequences.aggregation import Aggregation, Normalizers, branch_weights, candidate_mass, normalizers
 
-# Log-ratios in an exponential are bounded from above, log rho and log pi_ref - log pi alike: beyond, a term stays at
-# its value there and has no gradient. e^40 = 2e17, whose square, which a gradient's norm takes, is finite in float32.
+# log pi - log pi_old and log pi_ref - log pi are bounded from above before the exponential: beyond, a term stays as it
+# is there and has no gradient. e^40 = 2e17, whose square, which a gradient's norm takes, is finite in float32.
 LOG_RATIO_LIMIT = 40.0
 
 
@@ -72,7 +73,8 @@ class PolicyBatch:
     old_logprobs_NS: log pi_old at the sampling temperature. None: the policy itself is the old one (on-policy): the
         current log-probs, held constant.
     advantages_NS: A_t of the sampled token, then A_TD(v) = delta_t(v) / sigma_V of the candidates.
-    token_weights_N, candidate_weights_N: from `branch_weights`; 0 masks the row out of that branch.
+    token_weights_N, candidate_weights_N: from `branch_weights`; 0 masks the row out of that branch. A row masked out of
+        both is not looked at: its hidden state or logits may hold NaN, and so may everything else of it but the ids.
     ref_logprobs_N: log pi_ref of the sampled token, only for the KL term.
     temperatures_N: one temperature a row, > 0, in place of PolicyLossConfig.temperature.
     """
@@ -186,20 +188,23 @@ class PolicyLossConfig:
     kl_ratio: bool = False
 
     def __post_init__(self) -> None:
+        # Comparisons that nan fails; and no inf, which does not survive a product with 0.
         for name in ("clip_low", "candidate_clip_low"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} must be in [0, 1]; got {getattr(self, name)}")
         for name in ("alpha", "clip_high", "candidate_clip_high", "kl_coef"):
-            if not getattr(self, name) >= 0:  # not "< 0", which nan passes
-                raise ValueError(f"{name} must be >= 0; got {getattr(self, name)}")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be >= 0 and finite; got {getattr(self, name)}")
         for name in ("dual_clip", "candidate_dual_clip"):
             value = getattr(self, name)
-            if value is not None and value <= 1:
-                raise ValueError(f"{name} must be > 1 or None; got {value}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be > 0; got {self.temperature}")
-        if self.softcap is not None and not self.softcap > 0:
-            raise ValueError(f"softcap must be > 0 or None; got {self.softcap}")
+            if value is not None and not 1 < value < math.inf:
+                raise ValueError(f"{name} must be > 1 and finite, or None; got {value}")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be > 0 and finite; got {self.temperature}")
+        if self.softcap is not None and not 0 < self.softcap < math.inf:
+            raise ValueError(f"softcap must be > 0 and finite, or None; got {self.softcap}")
+        if not math.isfinite(self.entropy_coef):
+            raise ValueError(f"entropy_coef must be finite; got {self.entropy_coef}")
 
 
 class PolicyLossOutput(NamedTuple):

@@ -82,9 +82,14 @@ def logit_gradient_kernel(
         tl.store(p_out_row + o_v, d, mask=o_v < V)
 
 
-def overlapping(x_NV: Tensor, out_NV: Tensor) -> bool:
-    """Whether `out` lies in the memory of `x` in a narrower type: row n of both begins at the same byte."""
-    return out_NV.data_ptr() == x_NV.data_ptr() and out_NV.dtype != x_NV.dtype
+def in_place(x_NV: Tensor, out_NV: Tensor) -> bool:
+    """Whether `out` lies in the memory of `x`: row n of both begins at the same byte."""
+    return out_NV.data_ptr() == x_NV.data_ptr()
+
+
+def narrowing(x_NV: Tensor, out_NV: Tensor) -> bool:
+    """Whether it lies there in a narrower type: a column of `out` is not that of `x`."""
+    return in_place(x_NV, out_NV) and out_NV.dtype != x_NV.dtype
 
 
 def logit_gradient(
@@ -134,6 +139,6 @@ def logit_gradient(
             ROW_TEMPERATURE=temperatures_N is not None,
             LSE=grad_lse_N is not None,
             ENTROPY=grad_entropy_N is not None,
-            NARROWING=overlapping(x_NV, out_NV),
+            NARROWING=narrowing(x_NV, out_NV),
             num_warps=launch.num_warps,
         )

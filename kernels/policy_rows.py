@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ipvrm_core.kernels.launch import Launch, architecture_of, contiguous, row_launch
-from ipvrm_core.kernels.logit_gradient import overlapping, softmax_gradient
+from ipvrm_core.kernels.logit_gradient import in_place, narrowing, softmax_gradient
 from ipvrm_core.kernels.softmax import add_at_ids, load_logits, row_softmax
 
 LOG_RATIO_LIMIT = tl.constexpr(40.0)  # that of ipvrm_core.types
@@ -67,6 +67,7 @@ def policy_rows_kernel(
     ENTROPY: tl.constexpr,
     ON_POLICY: tl.constexpr,
     KL_RATIO: tl.constexpr,
+    IN_PLACE: tl.constexpr,
     NARROWING: tl.constexpr,
 ):
     i_n = tl.program_id(0).to(tl.int64)
@@ -139,6 +140,8 @@ def policy_rows_kernel(
         V_read = tl.where(quiet, 0, V)
         on_p = -tl.sum(c, 0)
         entropy = tl.where(e != 0, entropy, 0.0)
+        if IN_PLACE:
+            tl.debug_barrier()  # every warp gathers for itself: none may write over what another has yet to gather
         for start in range(0, V, BLOCK):
             o_v = start + o_block
             y = load_logits(p_row, o_v, V_read, cap, CAPPED)
@@ -211,7 +214,8 @@ def policy_rows(
             ENTROPY=entropy_coef != 0,
             ON_POLICY=old_logprobs_NK is None,
             KL_RATIO=kl_ratio,
-            NARROWING=out_NV is not None and overlapping(x_NV, out_NV),
+            IN_PLACE=in_place(x_NV, target_NV),
+            NARROWING=narrowing(x_NV, target_NV),
             num_warps=launch.num_warps,
         )
     return metrics_NM

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from ipvrm_core.bench.launches import BUDGETS, LAUNCHES, Budget, Shipped
+from ipvrm_core.bench.launches import BUDGETS, LAUNCHES, Budget, Shipped, policy
 from ipvrm_core.bench.offline import TARGETS, compiling_for
 from ipvrm_core.bench.resources import compile_all, markdown, over_budget, programs_per_sm
 
@@ -39,6 +40,33 @@ def toy(block: int) -> Shipped:
 def test_shipped_launch(shipped, target):
     rows = compile_all([shipped], (target,))
     assert over_budget(rows, BUDGETS) == []
+
+
+BARRIER = r"bar\.sync|s_barrier"
+ONE_LOGIT = r"ld\.global\.b(16|32) |(global|buffer)_load_(dword|ushort) "
+MANY_LOGITS = r"st\.global\.v4|(global|buffer)_store_dwordx4"
+
+
+def barriers_before_the_first_store(assembly: str) -> int:
+    """Between the last load of single logits, which is the gather at ids, and the first store of a block of them."""
+    lines = assembly.splitlines()
+    store = next(i for i, line in enumerate(lines) if re.search(MANY_LOGITS, line))
+    gather = max(i for i, line in enumerate(lines[:store]) if re.search(ONE_LOGIT, line))
+    return sum(bool(re.search(BARRIER, line)) for line in lines[gather:store])
+
+
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_no_warp_writes_over_logits_that_another_has_yet_to_gather(dtype, target):
+    """Every warp gathers the logits at ids for itself, and `out` may be x; elsewhere nothing has to wait."""
+    x_NV = torch.empty(2, 8192, dtype=dtype)  # in memory: on the device meta all tensors have one address
+    with compiling_for(target) as kernels:
+        policy(target, x_NV)
+        policy(target, x_NV, out_NV=torch.empty_like(x_NV))
+        policy(target, x_NV, narrowing=dtype == torch.float32)
+    in_place, apart, narrower = (barriers_before_the_first_store(kernel.assembly) for kernel in kernels)
+    assert (in_place, apart) == (1, 0)
+    assert narrower == (2 if dtype == torch.float32 else 1)
 
 
 def launched_names() -> set[str]:

@@ -55,16 +55,18 @@ def test_unpack_keeps_trailing_dimensions_and_the_gradient():
     assert packed.grad.tolist() == [[0.0, 1.0], [2.0, 3.0], [12.0, 13.0], [14.0, 15.0], [16.0, 17.0]]
 
 
-def test_a_hole_in_the_mask_is_refused():
-    with pytest.raises(ValueError, match=r"row 1 is \[1, 0, 1\]"):
-        pack(torch.zeros(2, 3), torch.tensor([[1, 1, 0], [1, 0, 1]]))
-    with pytest.raises(ValueError, match=r"row 0 is \[0, 1, 1\]"):  # left padding
-        pack(torch.zeros(1, 3), torch.tensor([[0, 1, 1]]))
-
-
-def test_a_mask_of_another_shape_is_refused():
-    with pytest.raises(ValueError, match=r"mask must be \[B, T\] = \(2, 3\); got shape \(2, 4\)"):
-        pack(torch.zeros(2, 3), torch.ones(2, 4))
+def test_a_mask_with_holes_and_back():
+    """A tool's output between a policy's own tokens: the rest counts on as if it were not there."""
+    padded, mask = torch.tensor([[1, 9, 2, 9], [9, 3, 4, 5]]), torch.tensor([[1, 0, 1, 0], [0, 1, 1, 1]])
+    packed, cu = pack(padded, mask)
+    assert packed.tolist() == [1, 2, 3, 4, 5]
+    assert cu.tolist() == [0, 2, 5]
+    assert positions(cu, 5).tolist() == [1, 2, 1, 2, 3]
+    assert unpack(packed, cu, fill=9, mask=mask).tolist() == padded.tolist()
+    with pytest.raises(ValueError, match=r"mask must have the tokens of cu_seqlens; got \[1, 3\], \[2, 3\]"):
+        unpack(packed, cu, mask=torch.tensor([[1, 0, 0, 0], [0, 1, 1, 1]]))
+    with pytest.raises(ValueError, match=r"mask must be \[B, T\] with B = 2; got shape \(1, 4\)"):
+        unpack(packed, cu, mask=mask[:1])
 
 
 @pytest.mark.parametrize(

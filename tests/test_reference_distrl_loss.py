@@ -1,6 +1,7 @@
 """The whole policy loss on one row, worked out by hand, term by term and down to the gradient of the logits."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -175,12 +176,14 @@ def test_kl_needs_a_reference():
 
 
 def test_user_errors_name_what_was_wrong():
-    with pytest.raises(ValueError, match=r"advantages_N must be \[N\] = \(1,\); got shape \(2,\)"):
-        change(BATCH, advantages_N=f64([1.0, 2.0]))
-    with pytest.raises(ValueError, match=r"candidate_old_logprobs_NK must be \[N, K\] = \(1, 3\)"):
-        change(BATCH, candidate_old_logprobs_NK=f64([[1.0, 2.0]]))
-    with pytest.raises(ValueError, match="sampled_ids_N must be int64"):
-        change(BATCH, sampled_ids_N=torch.tensor([0], dtype=torch.int32))
+    with pytest.raises(ValueError, match=r"token_weights_N must be \[N\] = \(1,\); got shape \(2,\)"):
+        replace(BATCH, token_weights_N=f64([1.0, 2.0]))
+    with pytest.raises(ValueError, match=r"old_logprobs_NS must be \[N, S\] = \(1, 4\)"):
+        replace(BATCH, old_logprobs_NS=f64([[1.0, 2.0]]))
+    with pytest.raises(ValueError, match="ids_NS must be int64"):
+        replace(BATCH, ids_NS=BATCH.ids_NS.int())
+    with pytest.raises(ValueError, match=r"ids_NS must be \[N, 1 \+ K\], the sampled id first; got shape \(1,\)"):
+        replace(BATCH, ids_NS=torch.tensor([0]))
     for bad in (
         {"clip_low": 1.5},
         {"candidate_clip_low": -0.1},

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from ipvrm_core.packing import cu_seqlens_from_lengths
 from ipvrm_core.reference.candidates import select_candidates_from_logits
 from ipvrm_core.reference.policy_loss import distrl_loss
-from ipvrm_core.sequences.aggregation import branch_weights, candidate_mass, normalizers
-from ipvrm_core.types import Normalizers, PolicyBatch, PolicyLossConfig
+from ipvrm_core.sequences.aggregation import Normalizers, branch_weights, candidate_mass, normalizers
+from ipvrm_core.types import PolicyBatch, PolicyLossConfig
 from tests.slots import change, from_branches
 
 F64 = torch.float64
@@ -48,7 +48,7 @@ class World:
         return normalizers(self.cu(), self.mask, mass)
 
     def weighted(self, totals: Normalizers, aggregation: str) -> PolicyBatch:
-        tokens, candidates = branch_weights(self.cu(), self.mask, totals, aggregation, F64)
+        tokens, candidates = branch_weights(self.cu(), self.mask, totals, aggregation, dtype=F64)
         return replace(self.batch, token_weights_N=tokens, candidate_weights_N=candidates)
 
 
@@ -106,7 +106,7 @@ def test_any_split_into_micro_batches_and_ranks_gives_the_same_step(aggregation,
     owner = data.draw(st.lists(st.integers(0, 3), min_size=len(lengths), max_size=len(lengths)))
     pieces = [world.take([b for b, o in enumerate(owner) if o == piece]) for piece in sorted(set(owner))]
     # the normalisers of the pieces add up, as an all-reduce would add them
-    totals = Normalizers(*(sum(numbers) for numbers in zip(*(piece.totals() for piece in pieces), strict=True)))
+    totals = sum((piece.totals() for piece in pieces), Normalizers(0.0, 0.0, 0.0))
     near(torch.tensor(totals, dtype=F64), torch.tensor(world.totals(), dtype=F64))
     summed, summed_grad = {name: torch.zeros((), dtype=F64) for name in expected}, torch.zeros_like(world.weight)
     for piece in pieces:
@@ -161,7 +161,7 @@ def test_masked_rows_and_padded_slots_may_hold_garbage(aggregation, seed, length
     near(got[1], clean[1])
     near(got[2], clean[2])
     assert not got[1][dead_N].any()
-    mass = candidate_mass(dirty.candidate_ids_NK, dirty.candidate_old_logprobs_NK)
+    mass = candidate_mass(dirty.ids_NS, dirty.old_logprobs_NS)
     near(mass[world.mask], candidate_mass(batch.ids_NS, batch.old_logprobs_NS)[world.mask])
 
 
@@ -175,13 +175,12 @@ def test_more_masked_tokens_and_more_padded_slots_change_nothing(aggregation, se
     other.mask[:] = False
     given = [name for name, value in vars(world.batch).items() if value is not None]
     batch = {name: torch.cat([getattr(world.batch, name), getattr(other.batch, name)]) for name in given}
-    for name, fill in (("ids", -1), ("old_logprobs", 0.0), ("advantages", 3.0)):
-        name = f"candidate_{name}_NK"
+    for name, fill in (("ids_NS", -1), ("old_logprobs_NS", 0.0), ("advantages_NS", 3.0)):
         batch[name] = torch.cat([batch[name], batch[name].new_full((len(batch[name]), extra), fill)], dim=1)
     longer = World(
         torch.cat([world.hidden, other.hidden]),
         world.weight,
-        from_branches(**batch),
+        PolicyBatch(**batch),
         torch.cat([world.mask, other.mask]),
         [*lengths, extra],
     )

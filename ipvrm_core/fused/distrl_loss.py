@@ -48,7 +48,7 @@ def _sweep(
 ) -> tuple[Tensor, Tensor, HeadGradients]:
     batch_N, settings = _unpack(batch, config)
     transform = LogitTransform(settings.temperature, batch_N.temperatures_N, settings.softcap)
-    work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes)
+    work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, batch_N.masked_N)
     gradients = HeadGradients(work.head, need, into)
     metrics_NM = hidden.new_empty(hidden.shape[0], len(METRICS), dtype=work.head.wide)
     for rows, x_nV in work.head.chunks():

@@ -43,6 +43,8 @@ class Head:
     runs the same code whatever N is, so a row's bits do not depend on what follows it. Otherwise the last chunk is
     shorter and no chunk is longer than N.
 
+    masked_N [N] bool: rows that are taken as zeros, whatever they hold (for dW that is 0 * NaN).
+
     bfloat16 on CUDA multiplies in tensor cores into float32. Any other half-precision weight is upcast once a call
     (V * D * 4 bytes): CPU products have no float32 output, and float16 gradients underflow at weights of 1/tokens.
     """
@@ -56,11 +58,12 @@ class Head:
         *,
         extra_bytes_per_logit: int = 0,
         fixed: bool = False,
+        masked_N: Tensor | None = None,
     ) -> None:
         self.N, self.V = hidden.shape[0], (hidden if weight is None else weight).shape[-1 if weight is None else 0]
         self.wide = wide_dtype(hidden, weight, bias)
         self.tensor_cores = weight is not None and hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
-        self.hidden = hidden
+        self.hidden, self.masked_N = hidden, masked_N
         self.weight = weight if weight is None or self.tensor_cores else weight.to(self.wide)
         self.bias = None if bias is None else bias.to(self.wide)
         self.fixed = fixed and weight is not None
@@ -69,7 +72,8 @@ class Head:
 
     def hidden_rows(self, rows: slice) -> Tensor:
         """h[rows] as the operand of a product with W or dx."""
-        return self.hidden[rows] if self.tensor_cores else self.hidden[rows].to(self.wide)
+        hidden_nD = self.hidden[rows] if self.tensor_cores else self.hidden[rows].to(self.wide)
+        return hidden_nD if self.masked_N is None else hidden_nD.masked_fill(self.masked_N[rows, None], 0.0)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, x [n, V]) in the wide type; x is the caller's to overwrite until the next chunk."""
@@ -81,7 +85,8 @@ class Head:
     def _fill(self, rows: slice, buffer_nV: Tensor) -> Tensor:
         x_nV = buffer_nV[: rows.stop - rows.start]
         if self.weight is None:
-            return x_nV.copy_(self.hidden[rows])
+            x_nV.copy_(self.hidden[rows])
+            return x_nV if self.masked_N is None else x_nV.masked_fill_(self.masked_N[rows, None], 0.0)
         hidden_nD = self.hidden_rows(rows)
         if self.fixed:
             hidden_nD, target_nV = padded(hidden_nD, self.n), buffer_nV

@@ -25,7 +25,7 @@ def row_work(triton: bool, *arguments) -> "TorchRows":
 
 
 class TorchRows:
-    """`head` makes the chunks, which this work overwrites; `transform` turns them into logits."""
+    """`head` makes the chunks, which this work overwrites; `transform` turns them into logits. masked_N: see `Head`."""
 
     def __init__(
         self,
@@ -34,12 +34,14 @@ class TorchRows:
         bias: Tensor | None,
         transform: LogitTransform,
         max_buffer_bytes: int,
+        masked_N: Tensor | None = None,
     ) -> None:
         self.transform = transform
         scratch_bytes = min(_SCRATCH_BYTES.get(hidden.device.type, 256 << 20), max_buffer_bytes // 4)
         bfloat16 = 2 * (hidden.is_cuda and hidden.dtype == torch.bfloat16 and weight is not None)
         slope = 0 if transform.softcap is None else 4
-        self.head = Head(hidden, weight, bias, max_buffer_bytes - scratch_bytes, extra_bytes_per_logit=bfloat16 + slope)
+        extra = {"extra_bytes_per_logit": bfloat16 + slope, "masked_N": masked_N}
+        self.head = Head(hidden, weight, bias, max_buffer_bytes - scratch_bytes, **extra)
         b = rows_per_chunk(self.head.n, self.head.V, self.head.wide.itemsize, scratch_bytes)
         self.scratch = hidden.new_empty(b, self.head.V, dtype=self.head.wide)
 

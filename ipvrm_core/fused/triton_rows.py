@@ -18,7 +18,7 @@ from ipvrm_core.types import PolicyBatch, PolicyLossConfig
 
 
 class GivenLogits(Head):
-    """Logits that exist already: one chunk, read where they lie."""
+    """Logits that exist already: one chunk, read where they lie (masked rows are left to the kernel)."""
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         x_NV = self.hidden if self.hidden.stride(1) == 1 else self.hidden.contiguous()
@@ -35,12 +35,13 @@ class TritonRows:
         bias: Tensor | None,
         transform: LogitTransform,
         max_buffer_bytes: int,
+        masked_N: Tensor | None = None,
     ) -> None:
         if transform.temperatures_N is not None:
             transform = transform._replace(temperatures_N=transform.temperatures_N.to(torch.float32))
         self.transform = transform
         kind = GivenLogits if weight is None else Head
-        self.head = kind(hidden, weight, bias, max_buffer_bytes, fixed=True)
+        self.head = kind(hidden, weight, bias, max_buffer_bytes, fixed=True, masked_N=masked_N)
 
     def _options(self, rows: slice) -> dict:
         return self.transform.rows(rows)._asdict()

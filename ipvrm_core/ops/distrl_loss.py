@@ -1,5 +1,7 @@
 """The DistRL objective: the clipped policy loss on the sampled token and on its candidates."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -7,8 +9,7 @@ from ipvrm_core.dispatch import resolve
 from ipvrm_core.fused.distrl_loss import DistrlLossInPlace, pack_batch, pack_config
 from ipvrm_core.fused.distrl_loss import distrl_loss as fused
 from ipvrm_core.ops import checks
-from ipvrm_core.reference.logprobs import head_logits
-from ipvrm_core.reference.policy_loss import distrl_loss_from_logits as reference
+from ipvrm_core.reference import policy_loss as reference
 from ipvrm_core.types import METRICS, PolicyBatch, PolicyLossConfig, PolicyLossOutput
 
 
@@ -67,13 +68,16 @@ def _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes, inplace
     if batch.temperatures_N is not None:
         if config.temperature != 1:
             raise ValueError(f"temperature must be 1 beside batch.temperatures_N; got {config.temperature}")
+        batch = replace(batch, temperatures_N=batch.temperatures_N.masked_fill(batch.masked_N, 1.0))
         checks.checked_transform(batch.temperatures_N, None, N, hidden)
     budget = checks.checked_budget(max_buffer_bytes, hidden.device)
     backend = resolve(backend, hidden, weight, bias)
     if backend == "reference":
         if inplace:
             raise ValueError("inplace=True needs backend 'triton' or 'chunked'; got 'reference'")
-        return reference(hidden if weight is None else head_logits(hidden, weight, bias), batch, config)
+        if weight is None:
+            return reference.distrl_loss_from_logits(hidden, batch, config)
+        return reference.distrl_loss(hidden, weight, batch, config, bias_V=bias)
 
     need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
     settings = (pack_batch(batch), pack_config(config), budget, backend == "triton")

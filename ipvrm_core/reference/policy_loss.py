@@ -55,10 +55,7 @@ def distrl_loss_from_logits(
     """L above, with its gradient by autograd. logits [N, V]; batch rows [N]; one slot or alpha = 0 leaves L_tok."""
     config = config or PolicyLossConfig()
     temperature = config.temperature if batch.temperatures_N is None else batch.temperatures_N
-    logits_NV = logits_NV.masked_fill(batch.masked_N[:, None], 0.0)
-    if isinstance(temperature, Tensor):
-        temperature = temperature.masked_fill(batch.masked_N, 1.0)
-    logp_NV = log_softmax(logits_NV, temperature, config.softcap)
+    logp_NV = log_softmax(logits_NV.masked_fill(batch.masked_N[:, None], 0.0), temperature, config.softcap)
     wide = logp_NV.dtype
     token_w, candidate_w = batch.token_weights_N.to(wide), batch.candidate_weights_N.to(wide)
     live_N = token_w != 0  # rows masked out (weight 0) may hold anything: 0 * inf must not reach the sums

@@ -259,7 +259,7 @@ def test_candidates(p_min, kind, V, device):
     same, truth = reference(lambda z: ref_candidates.select_candidates_from_logits(z, sampled.cpu(), p_min), x)
     assert torch.equal(ids.cpu(), truth.ids_NS[:, 1:])
     assert torch.equal(counts.cpu(), truth.counts_N)
-    close(logprobs, same.logprobs_NK, truth.logprobs_NS[:, 1:], 1e-6)
+    close(logprobs, same.logprobs_NS[:, 1:], truth.logprobs_NS[:, 1:], 1e-6)
     close(sampled_logprobs, same.sampled_logprobs_N, truth.sampled_logprobs_N, 1e-6)
     close(entropy, same.entropy_N, truth.entropy_N, 1e-6)
 

@@ -13,7 +13,6 @@ from torch import Tensor
 import ipvrm_core as ic
 from ipvrm_core.reference import logprobs as ref_logprobs
 from ipvrm_core.reference import policy_loss as ref_loss
-from tests.slots import from_branches
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 1e-3, torch.float64: 1e-13}  # of the largest entry of the truth
@@ -59,18 +58,9 @@ def make_problem(
         logits = F.linear(head.hidden, head.weight, head.bias)
         logp = ref_logprobs.logprobs_from_logits(logits, ids, **transform).logprobs_NK
     old = (logp + 0.4 * torch.randn(N, 1 + K)).masked_fill(ids < 0, 0.0)
-    batch = from_branches(
-        sampled_ids_N=sampled,
-        old_logprobs_N=old[:, 0],
-        advantages_N=torch.randn(N),
-        token_weights_N=torch.rand(N) / N * (torch.rand(N) > 0.2),
-        candidate_ids_NK=candidates,
-        candidate_old_logprobs_NK=old[:, 1:],
-        candidate_advantages_NK=torch.randn(N, K),
-        candidate_weights_N=torch.rand(N) / N * (torch.rand(N) > 0.2),
-        ref_logprobs_N=old[:, 0] + 0.3 * torch.randn(N),
-        temperatures_N=temperatures,
-    )
+    weights = [torch.rand(N) / N * (torch.rand(N) > 0.2) for _ in range(2)]
+    reference = old[:, 0] + 0.3 * torch.randn(N)
+    batch = ic.PolicyBatch(ids, old, torch.randn(N, 1 + K), *weights, reference, temperatures)
     return replace(head.to(dtype), batch=batch)
 
 

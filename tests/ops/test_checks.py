@@ -6,7 +6,6 @@ import pytest
 import torch
 
 import ipvrm_core as ic
-from tests.slots import change
 
 N, D, V, K = 4, 3, 11, 2
 
@@ -88,7 +87,7 @@ def test_distrl_loss_refuses(head, batch, backend):
     with pytest.raises(ValueError, match=r"ids_NS must be int64 \[N = 3, K\]"):
         ic.distrl_loss(head[0][:3], head[1], batch, backend=backend)
     with pytest.raises(ValueError, match="ids_NS must be below V = 11; got 50"):
-        ic.distrl_loss(*head, change(batch, candidate_ids_NK=torch.full((N, K), 50)), backend=backend)
+        ic.distrl_loss(*head, replace(batch, ids_NS=torch.full((N, 1 + K), 50)), backend=backend)
     with pytest.raises(ValueError, match=r"logits must be \[N, V\]; got shape \(44,\)"):
         ic.distrl_loss_from_logits(torch.zeros(N * V), batch, backend=backend)
 
@@ -102,7 +101,7 @@ def test_values_on_a_gpu_are_checked_on_demand(head):
 
 
 def test_td_errors_refuse(head):
-    with pytest.raises(ValueError, match=r"old_logprobs must be floating point \[N, K\] = \(4, 2\); got .* \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"old_logprobs must be floating point \[N, S\] = \(4, 2\); got .* \(4, 3\)"):
         ic.linear_td_errors(*head, IDS, torch.zeros(N, 3), 10.0)
 
 
