@@ -10,11 +10,14 @@ Shape letters: B sequences, L padded length, D hidden size, V vocabulary.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import wraps
 from types import MethodType
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
+
+from ipvrm_core.types import PolicyLossConfig
 
 
 class Head(NamedTuple):
@@ -31,6 +34,10 @@ class Head(NamedTuple):
     def options(self, temperature: float | Tensor = 1.0) -> dict[str, Any]:
         """The arguments of `linear_logprobs` and its like, besides the weight: scale l / T = l / (T / scale)."""
         return {"bias": self.bias, "softcap": self.softcap, "temperature": temperature / self.scale}
+
+    def settle(self, config: PolicyLossConfig, temperature: float = 1.0) -> PolicyLossConfig:
+        """The settings of the loss with this head's soft cap, and its scale in the temperature."""
+        return replace(config, softcap=self.softcap, temperature=temperature / self.scale)
 
 
 AtHead = Callable[[Tensor, Head], Any]  # (last hidden states [B, L, D] after the final norm, head) -> anything
