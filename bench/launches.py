@@ -4,6 +4,7 @@ Adding a kernel: a function that calls its launcher, with `launch=` of the targe
 combination of dtype and options whose code differs; the budget of its jit function in BUDGETS.
 """
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -69,7 +70,7 @@ def policy(
 
 
 def candidates(target: str, x_NV: Tensor, **options) -> None:
-    candidate_rows(x_NV, ids(N), K - 1, p_min=0.1, launch=_launch(target, x_NV), **options)
+    candidate_rows(x_NV, ids(N), K - 1, threshold=math.log(0.1), launch=_launch(target, x_NV), **options)
 
 
 def _launch(target: str, x_NV: Tensor) -> Launch:

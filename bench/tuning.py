@@ -6,7 +6,7 @@ this section is what a GPU says to them. The configuration in use stands first.
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from math import inf
+from math import inf, log
 
 import torch
 from torch import Tensor
@@ -64,7 +64,7 @@ def row_kernels(x_nV: Tensor) -> dict[str, tuple[Callable[..., object], int]]:
         alpha=0.1, clip=UNCLIPPED, candidate_clip=UNCLIPPED,
     )  # fmt: skip
     return {
-        "candidates": (partial(candidate_rows, x_nV, ids_nK[:, 0], 10, p_min=0.1), x_nV.nbytes),
+        "candidates": (partial(candidate_rows, x_nV, ids_nK[:, 0], 10, threshold=log(0.1)), x_nV.nbytes),
         "log-probs": (partial(row_logprobs, x_nV, ids_nK), x_nV.nbytes),
         "policy": (policy, x_nV.nbytes + 2 * n * V),  # last: it destroys the logits
     }

@@ -1,11 +1,9 @@
-"""C = { v : p_v >= P_min } of every row, ascending and compacted, with log-probs, the sampled log-prob and the entropy.
+"""C = { v : log p_v >= threshold } of every row, ascending and compacted, with log-probs, the sampled and the entropy.
 
 The first sweep leaves the row's statistics and the largest logit of each block. The second reads only blocks whose
-largest logit reaches the threshold: at most floor(1 / P_min) of them, on average little more than one.
+largest logit reaches the threshold: at most e^-threshold of them, on average little more than one.
 Shape letters: N rows, V vocabulary, K slots a row.
 """
-
-import math
 
 import torch
 import triton
@@ -38,7 +36,6 @@ def candidate_rows_kernel(
     BLOCK_K: tl.constexpr,
     CAPPED: tl.constexpr,
     ROW_TEMPERATURE: tl.constexpr,
-    STRICT: tl.constexpr,
 ):
     i_n = tl.program_id(0).to(tl.int64)
     p_row = p_x + i_n * stride_x
@@ -58,7 +55,7 @@ def candidate_rows_kernel(
             for part in range(start, start + BLOCK, PART):  # in parts: a prefix sum over a block needs much memory
                 o_v = part + o_part
                 logprobs = (load_logits(p_row, o_v, V, cap, CAPPED) - shift) * inv_temperature - log_sum
-                member = logprobs > threshold if STRICT else logprobs >= threshold
+                member = logprobs >= threshold
                 slot = count + tl.cumsum(member.to(tl.int32), 0) - 1
                 kept = member & (slot < K)
                 tl.store(p_ids + o_row + slot, o_v.to(tl.int64), mask=kept)
@@ -83,8 +80,7 @@ def candidate_rows(
     sampled_ids_N: Tensor,
     K: int,
     *,
-    p_min: float,
-    strict: bool = False,
+    threshold: float,
     temperature: float = 1.0,
     temperatures_N: Tensor | None = None,
     softcap: float | None = None,
@@ -92,7 +88,7 @@ def candidate_rows(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(ids [N, K] int64 padded with -1, log-probs [N, K] padded with 0, counts [N], sampled log-prob [N], entropy [N]).
 
-    x [N, V] of stride 1 within a row. K >= floor(1 / P_min) holds every set; a smaller K keeps its lowest ids.
+    x [N, V] of stride 1 within a row. A K of e^-threshold holds every set; a smaller one keeps its lowest ids.
     """
     N, V = x_NV.shape
     launch = launch or row_launch(architecture_of(x_NV.device), x_NV.element_size(), V)
@@ -117,14 +113,13 @@ def candidate_rows(
             entropy_N,
             1 / temperature,
             softcap or 1.0,
-            math.log(p_min),
+            threshold,
             BLOCK=launch.block,
             BLOCKS=triton.next_power_of_2(triton.cdiv(V, launch.block)),
             PART=min(launch.block, max(128, 32 * launch.num_warps)),
             BLOCK_K=min(64, triton.next_power_of_2(max(K, 1))),
             CAPPED=softcap is not None,
             ROW_TEMPERATURE=temperatures_N is not None,
-            STRICT=strict,
             num_warps=launch.num_warps,
         )
     return ids_NK, logprobs_NK, counts_N, sampled_N, entropy_N

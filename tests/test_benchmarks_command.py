@@ -103,6 +103,12 @@ def test_a_stopped_command_goes_on_and_ends_as_an_uninterrupted_one(given, tmp_p
     assert "pass --resume to go on" in capsys.readouterr().err
     assert cli.main([*words, "--resume", "--seed", "1"]) == 2
     assert "made in another way" in capsys.readouterr().err
+    for name, path in (("data", tmp_path / "sums.jsonl"), ("model", tmp_path / "model/model.safetensors")):
+        before = path.read_bytes()
+        path.write_bytes(before.replace(b"0+1?", b"1+1?") if name == "data" else before[:-1] + b"\1")
+        assert cli.main([*words, "--resume"]) == 2
+        assert f"holds answers made before {name}/{path.name} changed; remove it" in capsys.readouterr().err
+        path.write_bytes(before)
     torch.manual_seed(99)
     assert cli.main([*words, "--resume"]) == 0
     assert [call["temperature"] for call in calls] == [0, 2.0, 0, 2.0, 0, 2.0, 0, 2.0]  # the second part is made anew

@@ -13,7 +13,9 @@ pytest.importorskip("pydantic")
 from ipvrm_core.trainer import cli
 from ipvrm_core.trainer.evaluation import best_of_n
 from ipvrm_core.trainer.evaluation.best_of_n import best_of, majority, pass_at, weighted_vote
+from ipvrm_core.trainer.evaluation.equal_answers import math_equality, merge_equal
 from ipvrm_core.trainer.evaluation.stored_answers import Stored, evaluate, markdown, read_stored
+from ipvrm_core.trainer.verify import Verdict
 
 
 @st.composite
@@ -175,6 +177,42 @@ def test_an_answer_without_a_score_is_never_chosen_but_votes():
     result = evaluate({"p": item}, [2], resamples=0)
     assert result["2"]["best:s"]["mean"] == result["2"]["vote:s"]["mean"] == pytest.approx(2 / 3)
     assert "1 of 3 answers have no score: never the best, but they vote" in markdown(result)
+
+
+MERGED = {  # answers to one problem, and each as the first that it equals
+    "numbers": (
+        ["0.5", "1/2", r"\frac12", r"$\frac{2}{4}$", "1,000", "1000.0", "-.5", "1/0", None],
+        ["0.5", "0.5", "0.5", "0.5", "1,000", "1,000", "-.5", "1/0", None],
+    ),
+    "terms": (
+        [r"\sqrt{8}", "x+1", "3", r"2\sqrt{2}", "1+x", "x=3", "4=3", None],
+        [r"\sqrt{8}", "x+1", "3", r"\sqrt{8}", "x+1", "3", "4=3", None],
+    ),
+    "words": (["east", "seat", r"\text{East}", "(A)", "(B)"], ["east", "seat", "east", "(A)", "(B)"]),
+}
+
+
+def test_equal_answers_vote_as_one():
+    """Of one half against two thirds the texts 2/3, 2/3, 0.5, 1/2, \\frac12 would elect the wrong one."""
+    pytest.importorskip("math_verify")
+    stored = {name: Stored(answers, [False] * len(answers)) for name, (answers, _) in MERGED.items()}
+    stored["vote"] = Stored(["2/3", "2/3", "0.5", "1/2", r"\frac12"], [False, False, True, True, True])
+    with math_equality() as equal:
+        merged = merge_equal(stored, equal)
+    assert {name: merged[name].answers for name in MERGED} == {name: after for name, (_, after) in MERGED.items()}
+    votes = [evaluate({"p": item["vote"]}, [5], resamples=0)["5"]["majority"]["mean"] for item in (stored, merged)]
+    assert votes == [0.0, 1.0]
+
+
+def test_plain_numbers_are_compared_without_a_judge():
+    asked = []
+
+    def equal(ones, others):
+        asked.extend(zip(ones, others, strict=True))
+        return [Verdict(False, "timeout")] * len(ones)
+
+    merge_equal({"p": Stored(["1", "2", "1.0", "4/2", "x", "y"]), "q": Stored(["x", "x", "1"])}, equal)
+    assert sorted(asked) == [("1", "x"), ("1", "y"), ("2", "x"), ("2", "y"), ("x", "1"), ("x", "y")]
 
 
 def test_the_command(tmp_path, capsys):

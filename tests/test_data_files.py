@@ -1,5 +1,6 @@
 """Loading examples from files and data sets, and finding overlap between them."""
 
+import gzip
 import json
 import logging
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_prompt_of_several_columns_and_no_answer(jsonl):
         ({"columns": {"prompt": "q", "answer": "a"}, "answer_pattern": "####"}, "must have a group"),
         ({"columns": {"prompt": "q", "answer": "chat"}}, "row 0, column 'chat': expected text or a number"),
         ({"columns": {"prompt": "n.gold"}}, "column 'n.gold': expected text or chat messages; got float"),
-        ({"columns": {"prompt": "q", "solution": "n.gold"}}, "column 'n.gold': expected text; got float"),
+        ({"columns": {"prompt": "q", "solution": "n.gold"}}, "column 'n.gold': expected a solution as text; got float"),
         ({"columns": {"prompt": "chat"}, "prompt_template": "{prompt}!"}, "prompt_template is for text prompts"),
         ({"columns": {"prompt": "q", "gold": "a"}}, "columns must map 'prompt'"),
         ({"columns": {"answer": "a"}}, "columns must map 'prompt'"),
@@ -115,6 +116,32 @@ def test_errors_of_files(tmp_path):
     for value in (True, float("nan"), [1]):
         with pytest.raises(ValueError, match="column 'answer': expected text or a number"):
             load_examples(write(tmp_path / "value.json", [{"prompt": "p", "answer": value}]))
+
+
+@pytest.mark.parametrize("name", ["toy.JSON", "toy.jsonl.gz", "Toy.Json.GZ", "toy.jsonl"])
+def test_packed_files_large_letters_and_byte_order_marks(tmp_path, name):
+    text = "\n".join(map(json.dumps, ROWS)) if "jsonl" in name else json.dumps(ROWS)
+    data = text.encode("utf-8-sig")
+    (tmp_path / name).write_bytes(gzip.compress(data) if name.lower().endswith("gz") else data)
+    examples = load_examples(tmp_path / name, columns={"prompt": "q"})
+    assert [example.prompt for example in examples] == ["1+1?", "1+2?", "1+3?"]
+    assert examples[0].id == f"{name[:3]}-0"
+
+
+def test_bytes_that_are_no_utf8_are_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"prompt": "a", "answer": "b"}\n{"prompt": "caf\xe9", "answer": "b"}\n')
+    with pytest.raises(ValueError, match=r"a.jsonl, line 2: not UTF-8: byte 0xe9 at 15 \(invalid continuation byte\)"):
+        load_examples(tmp_path / "a.jsonl")
+    (tmp_path / "b.json").write_text(json.dumps(ROWS), encoding="utf-16-le")
+    (tmp_path / "b.json").write_bytes(b"\xff\xfe" + (tmp_path / "b.json").read_bytes())
+    with pytest.raises(ValueError, match=r"b.json: not UTF-8: byte 0xff at 0"):
+        load_examples(tmp_path / "b.json")
+    (tmp_path / "c.json.gz").write_bytes(gzip.compress(json.dumps(ROWS).encode())[:-9])
+    with pytest.raises(ValueError, match=r"c.json.gz: not gzip, or cut short"):
+        load_examples(tmp_path / "c.json.gz")
+    (tmp_path / "d.jsonl.gz").write_text("{}")
+    with pytest.raises(ValueError, match=r"d.jsonl.gz: not gzip, or cut short"):
+        load_examples(tmp_path / "d.jsonl.gz")
 
 
 def test_data_set_by_name_goes_through_datasets(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -127,6 +128,49 @@ def test_processbench_killed_within_a_subset_goes_on(paths, tmp_path, monkeypatc
     assert not (out / "gsm8k.parts").exists()
     for name in ("gsm8k.parquet", "results.json"):
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_processbench_does_not_go_on_with_other_data_or_weights(paths, tmp_path, capsys):
+    """Behind the same paths: a label, then the weights."""
+    model_path = tmp_path / "model"
+    shutil.copytree(paths["head"], model_path)
+    data, out = made_up(tmp_path / "data"), tmp_path / "out"
+    words = ["processbench", "--model", str(model_path), "--data", str(data), "--out", str(out), "--device", "cpu"]
+    words += ["--resamples", "0", "--resume"]
+    assert cli.main(words) == 0
+    before = data.read_text()
+    data.write_text(before.replace('"label": 0', '"label": 1'))
+    capsys.readouterr()
+    assert cli.main(words) == 2
+    assert "gsm8k.parquet holds scores of other data (contents of gsm8k.json)" in capsys.readouterr().err
+    data.write_text(before)
+    assert cli.main(words) == 0
+    shutil.copytree(saved(tmp_path, other=value_model(4))["other"], model_path, dirs_exist_ok=True)
+    assert cli.main(words) == 2
+    assert (
+        "made in another way (contents of model/model.safetensors, model/value_head.safetensors)"
+        in capsys.readouterr().err
+    )
+    assert cli.main([*words, "--columns", "problem=problem"]) == 2
+    assert "holds scores of other data (columns)" in capsys.readouterr().err
+
+
+def test_processbench_leaves_bad_rows_out_by_choice(paths, tmp_path, capsys):
+    rows = [{"question": row["problem"], "wrong": row["label"] + 1, "steps": row["steps"]} for row in ROWS]
+    data = tmp_path / "mine.jsonl"
+    data.write_text("\n".join(map(json.dumps, [*rows, {**rows[0], "wrong": 9}, {**rows[0], "question": ""}])))
+    words = ["processbench", "--model", paths["head"], "--data", str(data), "--device", "cpu", "--resamples", "0"]
+    words += ["--out", str(tmp_path / "out"), "--first-step", "1", "--columns", "problem=question", "label=wrong"]
+    assert cli.main(words) == 2
+    error = capsys.readouterr().err
+    assert "2 rows cannot be used" in error
+    assert "row 4: label must be -1 or 0 (all right) or a step, 1 .. 2; got 9" in error
+    assert cli.main([*words, "--bad-rows", "skip"]) == 0
+    printed = capsys.readouterr()
+    assert "left out: " in printed.err
+    assert "mine: 2 rows left out\n" in printed.out
+    assert "mine: 4 problems, 2 erroneous, 2 correct" in printed.out
+    assert json.loads((tmp_path / "out" / "results.json").read_text())["sources"]["mine"]["skipped"] == 2
 
 
 @pytest.mark.parametrize(

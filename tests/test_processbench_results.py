@@ -1,5 +1,6 @@
 """From step scores to F1: sweep, bootstrap, transferred thresholds, generators, the authors' script."""
 
+import json
 import math
 
 import numpy as np
@@ -8,10 +9,11 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("pyarrow")
 
-from ipvrm_core.trainer.evaluation import official, processbench_results
-from ipvrm_core.trainer.evaluation.bootstrap import bootstrap_f1, interval, resample_counts
-from ipvrm_core.trainer.evaluation.chance import chance_f1
+from ipvrm_core.trainer.evaluation import official, processbench_results, processbench_tables
+from ipvrm_core.trainer.evaluation.bootstrap import bootstrap_f1, interval, resample_counts, rule_f1, stacked
 from ipvrm_core.trainer.evaluation.localisation import Sweep, best_f1, f1_at
+from ipvrm_core.trainer.evaluation.nulls import Steps, _scores, null_draws
+from ipvrm_core.trainer.evaluation.step_scores import VARIANTS
 from tests.tiny_models import tokenizer
 
 SCORES = [[0.9, 0.2, 0.5], [0.4, 0.8], [0.6, 0.7], [0.3, 0.9]]
@@ -56,8 +58,10 @@ def test_bootstrap_with_a_fixed_seed():
     """One erroneous trace (always found) and 100 correct ones, 80 of them called so: accuracy ~ Binomial(100, 0.8)."""
     scores = [[-1.0]] + [[1.0]] * 80 + [[-2.0]] * 20
     sweeps = {"gsm8k": Sweep.make(scores, [0] + [-1] * 100)}
-    found = bootstrap_f1(sweeps, "gsm8k", 2000, seed=1)
-    assert found["oracle"]["gsm8k"].tolist() == bootstrap_f1(sweeps, "gsm8k", 2000, seed=1)["oracle"]["gsm8k"].tolist()
+    found = bootstrap_f1([sweeps], "gsm8k", 2000, seed=1)
+    assert (
+        found["oracle"]["gsm8k"].tolist() == bootstrap_f1([sweeps], "gsm8k", 2000, seed=1)["oracle"]["gsm8k"].tolist()
+    )
     assert found["oracle"]["average"] == pytest.approx(found["oracle"]["gsm8k"])
     assert found["transferred"]["gsm8k"] == pytest.approx(found["oracle"]["gsm8k"])
     low, high = interval(found["oracle"]["gsm8k"])
@@ -68,28 +72,82 @@ def test_bootstrap_with_a_fixed_seed():
 
 def test_a_perfect_scorer_has_no_spread():
     sweeps = {"a": Sweep.make([[1.0, -1.0], [1.0], [-1.0], [2.0]], [1, -1, 0, -1])}
-    assert interval(bootstrap_f1(sweeps, None, 50)["oracle"]["a"]) == (1.0, 1.0)
+    assert interval(bootstrap_f1([sweeps], None, 50)["oracle"]["a"]) == (1.0, 1.0)
 
 
-# ---- chance
+# ---- nulls
 
 
-def test_chance_by_hand():
+def f1_of(null, subsets, tune_on=None, draws=400, seed=0):
+    return stacked([rule_f1(sweeps, tune_on) for sweeps in null_draws(null, "process", subsets, seed, draws)])
+
+
+@pytest.mark.parametrize("null", ["random scores", "random walk"])
+def test_random_nulls_by_hand(null):
     """One wrong and one right solution of one step: F1 is 1 if the wrong one scores lower, in half of all draws."""
-    found = chance_f1({"a": [1, 1]}, {"a": [0, -1]}, None, 400, seed=0)["oracle"]["a"]
+    pair = {"a": Steps.make([[3], [1]], [0, -1])}
+    found = f1_of(null, pair)["oracle"]["a"]
     assert set(found) == {0.0, 1.0}
     assert found.mean() == pytest.approx(0.5, abs=4 * 0.5 / 20)
-    assert (chance_f1({"a": [1, 1]}, {"a": [0, -1]}, None, 400, seed=0)["oracle"]["a"] == found).all()
-    assert (chance_f1({"a": [1, 1]}, {"a": [0, -1]}, None, 400, seed=1)["oracle"]["a"] != found).any()
+    assert (f1_of(null, pair)["oracle"]["a"] == found).all()
+    assert (f1_of(null, pair, seed=1)["oracle"]["a"] != found).any()
 
 
 def test_a_transferred_threshold_fits_no_noise():
     """Oracle thresholds fit the noise of ten problems of five steps; one from elsewhere does so only at its own set."""
-    steps, labels = {"a": [5] * 10, "b": [5] * 10}, {"a": [2] * 5 + [-1] * 5, "b": [2] * 5 + [-1] * 5}
-    found = chance_f1(steps, labels, "a", 300, seed=0)
+    subsets = {name: Steps.make([[1] * 5] * 10, [2] * 5 + [-1] * 5) for name in "ab"}
+    found = f1_of("random scores", subsets, "a", 300)
     assert (found["transferred"]["a"] == found["oracle"]["a"]).all()
     assert found["transferred"]["b"].mean() < 0.6 * found["oracle"]["b"].mean()
     assert found["oracle"]["average"] == pytest.approx((found["oracle"]["a"] + found["oracle"]["b"]) / 2)
+
+
+@pytest.mark.parametrize(
+    ("null", "variant", "cuts"),
+    [
+        ("minus tokens", "process", [-7, -4, -2]),
+        ("minus tokens", "process_mean", [-7, -4, -2]),
+        ("minus tokens", "prefix", [-9, -7, -6, -2]),
+        ("step position", "prefix", [-2, -1]),
+    ],
+)
+def test_nulls_without_chance_by_hand(null, variant, cuts):
+    """Two problems of 2, 4 and of 7, 2 tokens and a third step of unknown length: their scores are the thresholds."""
+    subsets = {"a": Steps.make([[2, 4], [7, 2, None]], [1, -1])}
+    (sweeps,) = null_draws(null, variant, subsets, 0)
+    assert sweeps["a"].cuts_C.tolist() == [*cuts, math.inf]
+
+
+def test_a_random_walk_is_longer_over_more_tokens():
+    """Sums of n normal numbers have the variance n, those from the start that of all steps before."""
+    steps = Steps.make([[1, 9, 6]], [-1])
+    walks = {
+        variant: np.array(
+            [_scores("random walk", variant, steps, np.random.default_rng(seed)) for seed in range(1000)]
+        ).var(0)
+        for variant in VARIANTS
+    }
+    assert walks["process"] == pytest.approx([1, 9, 6], rel=0.2)
+    assert walks["prefix"] == pytest.approx([1, 10, 16], rel=0.2)
+    assert walks["process_mean"] == pytest.approx([1, 1 / 9, 1 / 6], rel=0.2)
+    assert walks["prefix_mean"] == pytest.approx([1, 1 / 10, 1 / 16], rel=0.2)
+
+
+def test_a_model_that_counts_tokens_is_not_above_its_null():
+    """Its scores are -0.3 nats a token: above random scores, but the token count reaches the same."""
+    rng = np.random.default_rng(0)
+    labels = [int(rng.integers(1, 4)) if i % 2 else -1 for i in range(60)]
+    rows = rows_of("gsm8k", [[0.0] * 5] * 60, labels)
+    for row, label in zip(rows, labels, strict=True):
+        row["tokens"] = [int(rng.integers(5, 9)) + (30 if step == label else 0) for step in range(5)]
+        row["sums"] = [-0.3 * count for count in row["tokens"]]
+    result = processbench_results.evaluate(rows, resamples=50)
+    assert result["variants"]["process"]["oracle"]["gsm8k"]["f1"] == 1.0
+    assert result["nulls"]["process"]["random scores"]["oracle"]["gsm8k"]["ci"][1] < 0.6
+    for variant, best in (("process", "minus tokens"), ("prefix", "minus tokens")):
+        margin = result["margins"][variant]["oracle"]["gsm8k"]
+        assert margin == {"null": best, "difference": 0.0, "ci": (0.0, 0.0)}
+    assert "+0.0 [+0.0, +0.0] minus tokens" in processbench_tables.markdown(result)
 
 
 # ---- results
@@ -119,14 +177,14 @@ def test_transfer_by_hand():
     assert found["transferred"]["math"]["f1"] == 0.0
     assert found["transferred"]["math"]["accuracy_correct"] == 1.0
     assert found["transferred"]["average"] == {"f1": 0.5, "ci": (0.5, 0.5)}
-    assert 0 < result["chance"]["oracle"]["gsm8k"]["f1"] < 1
+    assert 0 < result["nulls"]["process"]["random scores"]["oracle"]["gsm8k"]["f1"] < 1
     without = processbench_results.evaluate(rows, "other", 0)
     assert "transferred" not in without["variants"]["process"]
-    assert "chance" not in without
+    assert not {"nulls", "margins"} & set(without)
     assert "| process | from gsm8k | 100.0 [100.0, 100.0] 100/100 | 0.0 [0.0, 0.0] 0/100 |" in (
-        processbench_results.markdown(result)
+        processbench_tables.markdown(result)
     )
-    assert "| random scores | from gsm8k |" in processbench_results.markdown(result)
+    assert "| random scores | from gsm8k |" in processbench_tables.markdown(result)
 
 
 def test_a_step_behind_a_truncation_is_never_called_wrong():
@@ -144,9 +202,29 @@ def test_generators_by_hand():
     assert found["b"]["oracle"] == {"f1": None, "accuracy_erroneous": None, "accuracy_correct": 1.0}
 
 
-def test_one_kind_of_solutions_names_the_subset():
-    with pytest.raises(ValueError, match="math: F1 needs erroneous and correct traces; got 0 and 1"):
-        processbench_results.evaluate(rows_of("math", [[1.0]], [-1]))
+def test_a_subset_of_one_kind_has_accuracies_and_no_f1():
+    """gsm8k's threshold is 1: of the two right solutions of math one has a step below it."""
+    rows = rows_of("gsm8k", [[1.0, -1.0], [1.0]], [1, -1]) + rows_of("math", [[9.0, 0.5], [9.0]], [-1, -1])
+    for row in rows:
+        row |= {"official_rewards": row["sums"], "official_lengths": [10 + step for step in range(len(row["sums"]))]}
+    result = processbench_results.evaluate(rows, resamples=20)
+    found = result["variants"]["process"]
+    assert found["transferred"]["math"] == {
+        "f1": None,
+        "accuracy_erroneous": None,
+        "accuracy_correct": 0.5,
+        "threshold": 1.0,
+    }
+    assert found["oracle"]["math"]["accuracy_correct"] == 1.0
+    assert found["oracle"]["average"]["f1"] == found["oracle"]["gsm8k"]["f1"] == 1.0
+    assert result["official"]["process"]["math"]["f1"] is None
+    assert "math" not in result["margins"]["process"]["oracle"]
+    assert "| process | from gsm8k | 100.0 [100.0, 100.0] 100/100 | – –/50 |" in processbench_tables.markdown(result)
+    json.dumps(result, allow_nan=False)
+    alone = processbench_results.evaluate(rows[2:], "math", resamples=20)
+    assert alone["tuned_on"] is None
+    assert alone["variants"]["process"]["oracle"]["average"] == {"f1": None}
+    assert "correct ones alone have no F1" in processbench_tables.markdown(alone)
 
 
 # ---- the authors' script

@@ -7,7 +7,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("pyarrow")
 
 from ipvrm_core.trainer.data.processbench import load_processbench
-from ipvrm_core.trainer.evaluation import official, processbench, processbench_results
+from ipvrm_core.trainer.evaluation import official, processbench, processbench_results, processbench_tables
 from ipvrm_core.trainer.evaluation.processbench_files import Parts, read_scores, write_scores
 from ipvrm_core.trainer.evaluation.rendering import Format
 from ipvrm_core.trainer.evaluation.step_scores import step_sums, variants
@@ -55,6 +55,25 @@ def test_scores_against_plain_logits(tmp_path, scorer):
         assert row["official_lengths"] == [end - start for end in ends]
 
 
+def test_official_hides_the_padding_token(tmp_path):
+    """The "e" closes every turn and stands in "Step"; where it is the padding token, the script's mask hides it."""
+    scorer, problems = log_ratio_scorer(), load_processbench(made_up(tmp_path))
+    apart = processbench.score(scorer, problems, official.FORMAT, max_tokens=150, with_official=True)
+    scorer.tokenizer.pad_token = "e"
+    rows = processbench.score(scorer, problems, official.FORMAT, max_tokens=150, with_official=True)
+    pad = scorer.tokenizer.pad_token_id
+    for problem, row in zip(problems, rows, strict=True):
+        text = f"<u>{problem.problem}<e>\n<a>" + "\n\n".join(official.FORMAT.pieces(problem.steps)) + "<e>\n"
+        ids = scorer.tokenizer(text)["input_ids"]
+        assert ids.count(pad) == 2 + len(problem.steps)
+        edges = official.boundaries(scorer.tokenizer, problem.problem, problem.steps)
+        q = plain_scores(scorer, ids, 1, unseen=pad)
+        sums = [q[edges[0] : min(end, len(q) - 1) + 1].sum() for end in edges[1:]]
+        assert np.array(row["official_rewards"]) / official.COEFFICIENT == pytest.approx(sums, abs=1e-3)
+    assert [row["sums"] for row in rows] == [row["sums"] for row in apart]  # ours see every token
+    assert [row["official_rewards"] for row in rows] != [row["official_rewards"] for row in apart]
+
+
 def test_parquet_round_trip_and_mixing(tmp_path, scorer):
     problems = load_processbench(made_up(tmp_path))
     rows = processbench.score(scorer, problems, Format(), max_tokens=1000)
@@ -89,7 +108,7 @@ def test_long_texts_are_counted_never_lost(tmp_path, scorer):
     assert cut[1]["sums"][0] == pytest.approx(whole[1]["sums"][0], abs=1e-5)
     assert cut[1]["sums"][1] is not None
     assert cut[1]["sums"][2] is None
-    assert "2 truncated" in processbench_results.markdown(processbench_results.evaluate(cut, resamples=0))
+    assert "2 truncated" in processbench_tables.markdown(processbench_results.evaluate(cut, resamples=0))
 
 
 @pytest.mark.parametrize("kind", ["log-prob", "value"])
@@ -119,9 +138,11 @@ def test_parts_go_on_and_are_checked(tmp_path, scorer):
     assert len(read_scores([parts.folder])[0]) == 4
     other = [{**row, "steps": ["2*3=6.", *row["steps"][1:]]} if row is ROWS[1] else row for row in ROWS]
     problems = load_processbench(made_up(tmp_path / "other", other))
-    with pytest.raises(ValueError, match=r"gsm8k.parts holds scores made in another way \(texts\); take another --out"):
+    with pytest.raises(
+        ValueError, match=r"gsm8k.parts holds scores made in another way \(problems\); take another --out"
+    ):
         processbench.score(scorer, problems, Format(), max_tokens=60, parts=parts)
-    with pytest.raises(ValueError, match=r"made in another way \(model, texts\)"):
+    with pytest.raises(ValueError, match=r"made in another way \(model, problems\)"):
         Parts(parts.folder, {"model": "y"}).read()
     parts.remove()
     assert not parts.folder.exists()

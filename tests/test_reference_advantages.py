@@ -18,6 +18,8 @@ from ipvrm_core.sequences.advantages import (
     rloo_advantages,
     whiten,
 )
+from ipvrm_core.reference.segments import segment_sum
+from ipvrm_core.reference.values import prefix_values
 
 
 def f64(*numbers):
@@ -84,12 +86,43 @@ def test_group_normalize_of_a_constant_group_is_zero():
     close(group_normalize(f64(2, 2, 2), torch.tensor([0, 1, 3]), groups(0, 0)), 0.0, 0.0, 0.0)
 
 
+def test_gradient_of_group_normalize_where_a_group_has_no_spread():
+    """d = x_2 - x_1 = 1: y_2 = -y_1 = (d/2) / (d/2 + eps); d(y_1 + 3 y_2)/dd = eps / (d/2 + eps)^2 = 1/2 at eps = 1/2.
+
+    The third token is alone in its group: y = 0 whatever it is.
+    """
+    x_N = f64(1, 2, 5).requires_grad_()
+    y_N = group_normalize(x_N, torch.tensor([0, 2, 3]), groups(0, 1), eps=0.5)
+    close(y_N.detach(), -0.5, 0.5, 0.0)
+    close(torch.autograd.grad(y_N, x_N, f64(1, 3, 7))[0], -0.5, 0.5, 0.0)
+
+
 CU = torch.tensor([0, 3, 3, 5])
 DELTA = f64(1, 2, 3, 10, 20)
 
 
 def test_gae_with_gamma_lambda_one_is_the_suffix_sum():
     close(gae(DELTA, CU), 6.0, 5.0, 3.0, 30.0, 20.0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, cu: gae(x, cu, 1.0, 0.999),
+        lambda x, cu: prefix_values(x, cu, 1.0),
+        lambda x, cu: group_normalize(x, cu, groups(0, 0)),
+        lambda x, cu: segment_sum(x, cu),
+    ],
+    ids=["gae", "prefix_values", "group_normalize", "segment_sum"],
+)
+def test_half_precision_rounds_the_result_and_not_the_sums(function, dtype):
+    """3000 tokens: accumulated in bfloat16, GAE was 3% off."""
+    x_N = torch.randn(3000, generator=torch.Generator().manual_seed(0)).to(dtype)
+    cu = torch.tensor([0, 2900, 3000])
+    got, exact = function(x_N, cu), function(x_N.double(), cu)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got.double(), exact, rtol=torch.finfo(dtype).eps, atol=1e-4 * exact.abs().max().item())
 
 
 def test_gae_discounts_by_gamma_times_lambda():

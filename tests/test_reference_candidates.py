@@ -121,11 +121,12 @@ def test_bad_rules_are_refused(bad):
         candidate_slots(**bad)
 
 
-def test_counts_stay_within_the_slots_when_rounding_admits_one_more():
-    # ten tokens at .1 and P_min a hair above: floor(1 / P_min) = 9, but in float32 log .1 and log P_min are equal
-    got = select(odds=(1,) * 10, p_min=0.1 + 1e-9, dtype=torch.float32)
-    assert got.ids_NS[:, 1:].shape == (1, 9)
-    assert got.counts_N.item() == (got.ids_NS[:, 1:] >= 0).sum().item()
+def test_slots_hold_every_set_near_the_threshold():
+    """Ten tokens at .1: members, and with room for all, up to a P_min that is beyond .1 by the slack."""
+    for hair in (-1e-4, -1.5e-5, -1e-9, 0.0, 1e-9, 0.9e-5, 1.1e-5, 1.5e-5, 2.5e-5, 1e-4):
+        got = select(odds=(1,) * 10, p_min=0.1 * (1 + hair), dtype=torch.float32)
+        assert got.counts_N.tolist() == ([10] if hair < 1e-5 else [0]), hair
+        assert (got.ids_NS[:, 1:] >= 0).sum().item() == got.counts_N.item(), hair
 
 
 def test_linear_form_is_the_rule_on_its_logits():

@@ -403,3 +403,12 @@ def test_compare_refuses_runs_of_other_models(tmp_path):
         compare([tmp_path / "a", tmp_path / "b"])
     with pytest.raises(FileNotFoundError, match="ipvrm eval"):
         compare([tmp_path / "c"])
+
+
+def test_a_report_folder_that_leads_elsewhere_is_refused(config, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run" / "report").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(OSError, match="report must be a folder of the run; got a symbolic link"):
+        build(config, tmp_path / "run")
+    assert not list((tmp_path / "elsewhere").iterdir())

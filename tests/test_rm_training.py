@@ -158,7 +158,12 @@ def test_patience(tmp_path, tiny_model):
         with torch.no_grad():
             model.weight.fill_(step)
         best.see(step, numbers, model, optimizer)
+    digest = state.pop("best_sha256")
     assert state == {"best": 0.7, "best_step": 2, "without_best": 2, "stopped": True}
+    state["best_sha256"] = "another"
+    with pytest.raises(ValueError, match=r"best\.safetensors is not what was written"):
+        best.restore(model, optimizer)
+    state["best_sha256"] = digest
     best.restore(model, optimizer)
     assert model.weight.tolist() == [[2.0, 2.0]]
 

@@ -5,6 +5,8 @@ import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
 from ipvrm_core.trainer import checkpoint, files
 from ipvrm_core.trainer.config import Lora, Optim
@@ -103,14 +105,22 @@ def test_no_checkpoint_yet(tiny_model, tmp_path):
     assert _equal(_weights(model), before)
 
 
-def test_only_the_newest_is_kept(tiny_model, tmp_path):
+def _names(folder, pattern: str = "*") -> list[str]:
+    return sorted(path.name for path in folder.glob(pattern))
+
+
+def test_only_the_newest_are_kept(tiny_model, tmp_path):
     model = tiny_model()
     optimizer = make_optimizer(model, OPTIM)
     for step in (8, 9, 10, 100):
         _step(model, optimizer, step)
-        checkpoint.save(tmp_path, step, {"policy": model}, {"policy": optimizer}, {})
-        assert [path.name for path in tmp_path.iterdir()] == [f"step-{step:07d}"]
-    assert checkpoint.load(tmp_path, {"policy": model}, {"policy": optimizer})["step"] == 100
+        checkpoint.save(tmp_path, step, {"policy": model}, {"policy": optimizer}, {}, keep=3)
+    assert _names(tmp_path) == ["step-0000009", "step-0000010", "step-0000100"]
+    checkpoint.save(tmp_path, 101, {"policy": model}, {"policy": optimizer}, {})
+    assert _names(tmp_path) == ["step-0000100", "step-0000101"]
+    checkpoint.save(tmp_path, 102, {"policy": model}, {"policy": optimizer}, {}, keep=1)
+    assert _names(tmp_path) == ["step-0000102"]
+    assert checkpoint.load(tmp_path, {"policy": model}, {"policy": optimizer})["step"] == 102
 
 
 @pytest.mark.parametrize("where", ["write_json", "rename", "fsync"])
@@ -137,7 +147,7 @@ def test_a_crash_before_the_rename_leaves_the_old_checkpoint(tiny_model, tmp_pat
     assert _equal(_weights(other), good)
 
     checkpoint.save(tmp_path, 2, {"policy": model}, {"policy": optimizer}, {})  # over what the crash left behind
-    assert [path.name for path in tmp_path.iterdir()] == ["step-0000002"]
+    assert _names(tmp_path) == ["step-0000001", "step-0000002"]
     assert checkpoint.load(tmp_path, {"policy": other}, {})["step"] == 2
     assert _equal(_weights(other), _weights(model))
 
@@ -152,11 +162,11 @@ def test_a_crash_between_rename_and_removal_leaves_two_and_the_newer_counts(tiny
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "remove_folder", crash)
         with pytest.raises(KeyboardInterrupt):
-            checkpoint.save(tmp_path, 2, {"policy": model}, {}, {})
+            checkpoint.save(tmp_path, 2, {"policy": model}, {}, {}, keep=1)
     assert len(list(tmp_path.glob("step-*"))) == 2
     assert checkpoint.load(tmp_path, {"policy": model}, {})["step"] == 2
-    checkpoint.save(tmp_path, 3, {"policy": model}, {}, {})
-    assert [path.name for path in tmp_path.glob("step-*")] == ["step-0000003"]
+    checkpoint.save(tmp_path, 3, {"policy": model}, {}, {}, keep=1)
+    assert _names(tmp_path, "step-*") == ["step-0000003"]
 
 
 def test_a_half_deleted_checkpoint_does_not_count(tiny_model, tmp_path, monkeypatch):
@@ -171,6 +181,83 @@ def test_weights_that_do_not_fit_are_refused(tiny_model, tmp_path):
     checkpoint.save(tmp_path, 1, {"policy": tiny_model()}, {}, {})
     with pytest.raises(ValueError, match="policy"):
         checkpoint.load(tmp_path, {"policy": add_lora(tiny_model(), Lora(rank=2))}, {})
+
+
+def _flip_a_bit(path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 16
+    path.write_bytes(data)
+
+
+def _replace(name: str, value):
+    """Put a tensor of the same name but of another shape in, and a manifest that knows nothing else."""
+
+    def damage(folder) -> None:
+        path = folder / "policy.safetensors"
+        tensors = load_file(path)
+        save_file({**tensors, name: value(tensors[name])}, path)
+        (folder / "manifest.json").write_text(json.dumps(checkpoint._digests(folder)))
+
+    return damage
+
+
+NORM = "model.norm.weight"
+DAMAGES = {
+    "a flipped bit in the weights": (lambda folder: _flip_a_bit(folder / "policy.safetensors"), "policy.safetensors"),
+    "a flipped bit in the moments": (
+        lambda folder: _flip_a_bit(folder / "policy.optimizer.safetensors"),
+        "policy.optimizer.safetensors",
+    ),
+    "an empty state": (lambda folder: (folder / "state.json").write_text("{}"), "state.json"),
+    "a missing file": (lambda folder: (folder / "policy.safetensors").unlink(), "policy.safetensors"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json"),
+    "half a manifest": (lambda folder: (folder / "manifest.json").write_text('{"poli'), "manifest.json"),
+    "a shape that would broadcast": (_replace(NORM, lambda weight: weight[:1].clone()), "shape (32,); got (1,)"),
+}
+
+
+@pytest.mark.parametrize(("damage", "named"), DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_restored(tiny_model, tmp_path, capsys, damage, named):
+    model = tiny_model(1)
+    optimizer = make_optimizer(model, OPTIM)
+    for step in (1, 2):
+        _step(model, optimizer, step)
+        checkpoint.save(tmp_path, step, {"policy": model}, {"policy": optimizer}, {})
+        if step == 1:
+            good = _weights(model)
+    damage(tmp_path / "step-0000002")
+    other = tiny_model(2)
+    restored = checkpoint.load(tmp_path, {"policy": other}, {"policy": make_optimizer(other, OPTIM)})
+    assert restored == {"step": 1}
+    assert _equal(_weights(other), good)
+    told = capsys.readouterr().out
+    assert str(tmp_path / "step-0000002") in told
+    assert named in told
+    assert "going on from step-0000001" in told
+    checkpoint.save(tmp_path, 2, {"policy": model}, {"policy": optimizer}, {})  # in its old place
+    assert _names(tmp_path) == ["corrupt-step-0000002", "step-0000001", "step-0000002"]
+
+
+def test_without_a_whole_checkpoint_nothing_begins_anew_unasked(tiny_model, tmp_path):
+    model = tiny_model(1)
+    for step in (1, 2):
+        checkpoint.save(tmp_path, step, {"policy": model}, {}, {})
+        _flip_a_bit(tmp_path / f"step-000000{step}" / "policy.safetensors")
+    other = tiny_model(2)
+    before = _weights(other)
+    with pytest.raises(checkpoint.CheckpointError, match=r"step-0000002: policy.*step-0000001: policy.*remove"):
+        checkpoint.load(tmp_path, {"policy": other}, {})
+    assert _equal(_weights(other), before)
+
+
+def test_what_kills_left_is_swept(tmp_path):
+    for name in (".step-0000003.old", ".step-0000004.tmp", ".model.tmp", "step-0000002"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "state.json").write_text("{}")
+    for name in (".best.safetensors.1.tmp", ".lock", "metrics.jsonl"):
+        (tmp_path / name).write_text("")
+    files.sweep(tmp_path)
+    assert _names(tmp_path) == [".lock", "metrics.jsonl", "step-0000002"]
 
 
 # ---- finished models
@@ -263,6 +350,52 @@ def test_a_lock_is_exclusive_and_ends_with_its_block(tmp_path):
         raise AssertionError("locked twice")
     with files.locked(tmp_path):
         pass
+
+
+def test_a_lock_that_is_a_link_is_refused(tmp_path):
+    """Opening it would empty, or make, the file that it leads to."""
+    (tmp_path / "precious").write_text("text")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / ".lock").symlink_to(tmp_path / "precious")
+    with (
+        pytest.raises(OSError, match=r"run/\.lock must be a file; got a symbolic link"),
+        files.locked(tmp_path / "run"),
+    ):
+        pass
+    assert (tmp_path / "precious").read_text() == "text"
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        OSError(28, "No space left on device"),
+        SafetensorError("I/O error: No space left on device"),
+        Exception("No space left on device"),  # as tokenizers has it
+    ],
+    ids=lambda failure: type(failure).__name__,
+)
+@pytest.mark.parametrize("write", [files.write_file, files.write_folder])
+def test_a_full_disk_is_told_with_the_path_and_leaves_nothing(tmp_path, write, failure):
+    def fill(target):
+        (target / "part" if target.is_dir() else target).write_text("half")
+        raise failure
+
+    with pytest.raises(OSError, match=r"/result could not be written: .*No space left on device"):
+        write(tmp_path / "result", fill)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_in_the_program_is_no_full_disk(tmp_path):
+    with pytest.raises(TypeError):
+        files.write_file(tmp_path / "result", lambda _: len(3))
+
+
+@pytest.mark.parametrize(("read", "name"), [(files.read_json, "a.json"), (files.read_tensors, "a.safetensors")])
+@pytest.mark.parametrize("content", [b"", b'{"a": ', b"\xff\xfe\x00"])
+def test_a_damaged_file_is_named(tmp_path, read, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=rf"{tmp_path / name}: not"):
+        read(tmp_path / name)
 
 
 @pytest.mark.parametrize(

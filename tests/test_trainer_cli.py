@@ -1,9 +1,17 @@
 """The command line: help, the list of keys, mistakes, and where overrides may stand."""
 
+import os
+import re
+import signal
+import subprocess
+import sys
 import types
 import typing
+from pathlib import Path
 
+import jinja2
 import pytest
+from safetensors import SafetensorError
 
 from ipvrm_core.trainer import cli
 from ipvrm_core.trainer.config import Config, Section, load
@@ -120,3 +128,61 @@ def test_words_that_nothing_takes_are_refused(words, capsys):
     with pytest.raises(SystemExit):
         cli._parse(words)
     assert "unrecognized" in capsys.readouterr().err
+
+
+# ---- how a command ends
+
+
+FAILURES = [
+    SafetensorError("header too large"),
+    jinja2.UndefinedError("'x' is undefined"),
+    Exception("data did not match any variant of untagged enum ModelWrapper"),  # tokenizers
+    re.error("unterminated character set"),
+    ImportError("no module named 'x'"),
+    MemoryError("cannot allocate"),
+    OSError(28, "No space left on device"),
+]
+
+
+@pytest.mark.parametrize("failure", FAILURES, ids=lambda failure: type(failure).__name__)
+def test_an_expected_failure_is_one_line(failure, monkeypatch, capsys):
+    monkeypatch.setattr(cli.configuration, "describe", lambda: (_ for _ in ()).throw(failure))
+    assert cli.main(["config"]) == 2
+    assert capsys.readouterr().err == f"ipvrm config: {failure}\n"
+    with pytest.raises(type(failure)):
+        cli.main(["--traceback", "config"])
+
+
+@pytest.mark.parametrize("failure", [TypeError("ours"), KeyError("ours"), AssertionError("ours")], ids=repr)
+def test_a_mistake_of_ours_shows_its_trace(failure, monkeypatch):
+    monkeypatch.setattr(cli.configuration, "describe", lambda: (_ for _ in ()).throw(failure))
+    with pytest.raises(type(failure)):
+        cli.main(["config"])
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_is_one_line(number, monkeypatch, capsys):
+    monkeypatch.setattr(cli.configuration, "describe", lambda: os.kill(os.getpid(), number))
+    assert cli.main(["config"]) == 128 + number
+    assert capsys.readouterr().err == f"ipvrm config: ended by {number.name}\n"
+
+
+def test_a_reader_that_goes_away_is_no_failure():
+    """`ipvrm config | head -1`, with a head that is sure to be gone."""
+    root = Path(__file__).resolve().parents[1]
+    code = "import sys; sys.stdin.read(); from ipvrm_core.trainer.cli import main; sys.exit(main(['config']))"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    process.stdin.close()
+    with process.stderr as errors:
+        assert errors.read() == b""
+    assert process.wait() == 128 + signal.SIGPIPE
+
+
+def test_a_damaged_config_json_is_named(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text('{"name": ')
+    assert cli.main(["sft", str(path), "--run", str(tmp_path / "run")]) == 2
+    assert f"ipvrm sft: {path}: not JSON" in capsys.readouterr().err

@@ -15,21 +15,25 @@ PAPER = PRESETS["paper"]
 
 @pytest.fixture
 def sampled(monkeypatch):
-    """Replaces sampling: prompt number i has `right[i]` right answers, the right ones first."""
+    """Replaces sampling: prompt number i has `right[i]` right answers, the right ones first.
 
-    def use(right: list[int]) -> list[tuple[int, int]]:
+    The last answer to the prompts of `timeouts` has no verdict.
+    """
+
+    def use(right: list[int], timeouts: tuple[int, ...] = ()) -> list[tuple[int, int]]:
         asked = []
 
         def sample_and_verify(experiment, model, examples, samples, **settings):
             numbers = [int(example.id.rsplit("-", 1)[1]) for example in examples]
             asked.append((numbers[0], len(numbers)))
             made = [Sample([number + 2], [s + 2, 1], [0.0, 0.0], True) for number in numbers for s in range(samples)]
-            verdicts = [
-                Verdict(True, "ok") if s < right[number] else Verdict(False, ("ok", "timeout", "no_answer")[s % 3])
-                for number in numbers
-                for s in range(samples)
-            ]
-            return made, verdicts
+
+            def verdict(number: int, s: int) -> Verdict:
+                if number in timeouts and s == samples - 1:
+                    return Verdict(False, "timeout")
+                return Verdict(True, "ok") if s < right[number] else Verdict(False, ("ok", "no_answer")[s % 2])
+
+            return made, [verdict(number, s) for number in numbers for s in range(samples)]
 
         monkeypatch.setattr(collecting, "sample_and_verify", sample_and_verify)
         return asked
@@ -83,10 +87,10 @@ def test_a_range_up_to_the_end_still_keeps_mixed_prompts_only(tiny_experiment, s
     assert _kept(collect(tiny_experiment(), None, _in_range(low, high), 0, 2), 10) == kept
 
 
-def test_nothing_in_the_range_is_an_error(tiny_experiment, sampled):
+def test_nothing_in_the_range_leaves_an_empty_batch(tiny_experiment, sampled):
     sampled([1, 9, 1, 9])
-    with pytest.raises(RuntimeError, match=r"last 4 prompts had both .* and an accuracy in \[0.2, 0.8\]; nothing"):
-        collect(tiny_experiment(), None, _in_range(0.2, 0.8), 0, 1)
+    made = collect(tiny_experiment(), None, _in_range(0.2, 0.8), 0, 1)
+    assert (made.answers, made.numbers["kept_prompts"], made.numbers["mixed_prompts"]) == ([], 0, 1.0)
 
 
 def test_sample_on_goes_on_until_there_are_enough(tiny_experiment, sampled):
@@ -116,10 +120,20 @@ def test_fill_completes_with_unmixed_prompts(tiny_experiment, sampled):
 
 
 @pytest.mark.parametrize("policy", ["sample_on", "fill"])
-def test_nothing_mixed_is_an_error(tiny_experiment, sampled, policy):
-    sampled([0, 3] * 20)
-    with pytest.raises(RuntimeError, match="both right and wrong"):
-        collect(tiny_experiment(), None, _preset(policy), 0, 3)
+def test_nothing_mixed_leaves_an_empty_batch_after_all_rounds(tiny_experiment, sampled, policy):
+    asked = sampled([0, 3] * 20)
+    made = collect(tiny_experiment(), None, _preset(policy), 0, 3)
+    assert asked == [(0, 4), (4, 4), (8, 4)]
+    assert (made.answers, made.cursor) == ([], 12)
+    assert made.rewards_B.shape == made.groups_B.shape == made.group_mean_B.shape == (0,)
+    assert {"accuracy": 0.5, "sampled_prompts": 12, "kept_prompts": 0}.items() <= made.numbers.items()
+
+
+def test_fill_samples_on_until_one_prompt_is_mixed(tiny_experiment, sampled):
+    asked = sampled([0, 3, 3, 0, 3, 1, 0, 2] + [1] * 4)
+    made = collect(tiny_experiment(), None, _preset("fill"), 0, 3)
+    assert asked == [(0, 4), (4, 4)]
+    assert _kept(made) == [5, 7, 0]
 
 
 def test_the_cursor_is_where_the_last_batch_ended(tiny_experiment, sampled):
@@ -129,9 +143,19 @@ def test_the_cursor_is_where_the_last_batch_ended(tiny_experiment, sampled):
     assert made.cursor == 8
 
 
-def test_undecided_verdicts_are_counted(tiny_experiment, sampled):
-    sampled([1, 2, 1, 1])
-    numbers = collect(tiny_experiment(), None, _preset("fill"), 0, 3).numbers
-    assert numbers["verdict_timeout"] == 3  # second answers of prompts 0, 2, 3
-    assert numbers["verdict_no_answer"] == 4
-    assert numbers["verdict_error"] == 0
+@pytest.mark.parametrize("policy", ["sample_on", "fill"])
+def test_a_prompt_with_an_answer_without_a_verdict_is_left_out_whole(tiny_experiment, sampled, policy):
+    """Prompt 1 would be mixed, 2 all wrong: neither is kept or filled in, and no mean counts a time-out as wrong."""
+    sampled([1, 1, 0, 3, 1, 2, 1, 1], timeouts=(1, 2))
+    made = collect(tiny_experiment(), None, _preset(policy), 0, 3)
+    assert _kept(made) == ([0, 4, 5] if policy == "sample_on" else [0, 3])
+    assert made.numbers["unjudged_prompts"] == made.numbers["verdict_timeout"] == 2
+    assert made.numbers["verdict_error"] == 0
+    assert made.numbers["accuracy"] == 5 / 10  # of the first round's twelve answers ten have a verdict
+    assert made.numbers["mixed_prompts"] == 1 / 2
+
+
+def test_a_round_without_any_verdict_is_an_empty_batch(tiny_experiment, sampled):
+    sampled([1] * 4, timeouts=(0, 1, 2, 3))
+    made = collect(tiny_experiment(), None, replace(_preset("fill"), rollouts=2), 0, 1)
+    assert (made.answers, made.numbers["unjudged_prompts"], made.numbers["mixed_prompts"]) == ([], 4, 0)

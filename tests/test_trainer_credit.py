@@ -6,14 +6,15 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ipvrm_core import PRESETS, outcome_advantages
+from ipvrm_core import PRESETS, Candidates, outcome_advantages
 from ipvrm_core.objectives.ipvrm import Ipvrm
 from ipvrm_core.reference.candidates import select_candidates_from_logits
 from ipvrm_core.reference.policy_loss import distrl_loss_from_logits
 from ipvrm_core.trainer import credit as crediting
+from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.collect import Collected
 from ipvrm_core.trainer.config import Optim, RlRewardModel
-from ipvrm_core.trainer.credit import assign, old_policy, update_reward_model
+from ipvrm_core.trainer.credit import OldPolicy, assign, old_policy, update_reward_model
 from ipvrm_core.trainer.optim import make_optimizer
 from ipvrm_core.trainer.policy_update import _minibatches, _one_step, make_policy_batch
 from ipvrm_core.trainer.reward import backward_reward_loss, sampled_logprobs
@@ -123,6 +124,8 @@ def test_credit_by_the_written_formulas(tiny_experiment, tiny_model, batch, pres
     own_N = delta_NV.gather(1, targets[:, None])[:, 0]
     bounds = old.cu_seqlens.tolist()
     spans = [slice(a, b) for a, b in pairwise(bounds)]
+    if preset.skip_last_token:
+        own_N = own_N.masked_fill(last, 0.0)
     values = torch.cat([own_N[span].cumsum(0) for span in spans])
     torch.testing.assert_close(credit.values_N.double(), values, rtol=0, atol=1e-3)
 
@@ -134,7 +137,6 @@ def test_credit_by_the_written_formulas(tiny_experiment, tiny_model, batch, pres
         for group in (slice(0, bounds[3]), slice(bounds[3], bounds[6])):
             scaled[group] = (own_N[group] - own_N[group].mean()) / (own_N[group].std(unbiased=False) + 1e-6)
     else:
-        own_N = own_N.masked_fill(last, 0.0)
         scaled = (own_N - own_N.mean()) / values.std(unbiased=False)
     process = torch.cat([scaled[span].flip(0).cumsum(0).flip(0) for span in spans])
     if preset is OFFICIAL:
@@ -143,6 +145,32 @@ def test_credit_by_the_written_formulas(tiny_experiment, tiny_model, batch, pres
     lengths = torch.tensor([span.stop - span.start for span in spans])
     expected = outcome.repeat_interleave(lengths) + preset.gae_coef * process
     torch.testing.assert_close(credit.advantages_N.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_official_advantages_by_hand(monkeypatch):
+    """Two answers of two tokens; the last TD errors, -7 and 9, are set to 0 before anything is made of the others.
+
+    V = (2, 2 | -2, -2), so sigma_V = 2; with the last errors it would be (2, -5 | -2, 7) and 4.5. A_TD = delta / 2.
+    GAE: delta / 2 = (1, 0 | -1, 0) has mean 0, is its own suffix sum, and is whitened by sqrt(2/3), the unbiased std;
+    outcome +-1. The AUC is of the whole answers: the right one scores 2 - 7, the wrong one -2 + 9.
+    """
+    answers = [Answer([5], [6, 1]), Answer([5], [7, 1])]
+    batch = Collected(
+        answers, torch.tensor([1.0, 0.0]), torch.zeros(2, dtype=torch.int64), torch.full((2,), 0.5), 0, {}
+    )
+    ids_NK = torch.tensor([[6, 8], [-1, -1], [7, -1], [-1, -1]])
+    candidates = Candidates(ids_NK, torch.zeros(4, 2), (ids_NK >= 0).sum(1), torch.zeros(4), torch.zeros(4))
+    old = OldPolicy(torch.tensor([0, 2, 4]), torch.zeros(4), candidates, {})
+    errors = torch.tensor([2.0, -7.0, -2.0, 9.0]), torch.tensor([[2.0, -3.0], [0.0, 0.0], [-2.0, 0.0], [0.0, 0.0]])
+    monkeypatch.setattr(crediting, "_td_errors", lambda *_: errors)
+    credit = assign(None, OFFICIAL, batch, old, torch.nn.Identity(), Ipvrm())
+    assert credit.numbers["sigma_v"] == 2.0
+    assert (credit.numbers["rm_auc"], credit.numbers["rm_accuracy"]) == (0.0, 0.0)
+    whitened = 0.05 * 1.5**0.5
+    torch.testing.assert_close(credit.advantages_N, torch.tensor([1 + whitened, 1.0, -1 - whitened, -1.0]))
+    made = make_policy_batch(OFFICIAL, credit, answers, torch.arange(4), None)
+    expected = torch.tensor([[1.0, -1.5], [0.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(made.candidate_advantages_NK, expected)
 
 
 def test_skip_last_token_leaves_no_candidates_there(tiny_experiment, tiny_model, batch):

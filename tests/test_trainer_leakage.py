@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from ipvrm_core.trainer import cli
+from ipvrm_core.trainer import cli, leakage, preflight
 from ipvrm_core.trainer.config import check
 from ipvrm_core.trainer.data.chats import load_chats
 from ipvrm_core.trainer.experiment import Experiment
@@ -23,6 +23,12 @@ def write(path, prompts):
 
 def chat_rows(*problems):
     return [chats.row(f"Solve this: {problem}", "5", n % 2) for n, problem in enumerate(problems)]
+
+
+@pytest.fixture(autouse=True)
+def no_model(monkeypatch):
+    """The guard is asked here with a model that does not exist, which would be noticed before."""
+    monkeypatch.setattr(preflight, "check_prompts", lambda config: None)
 
 
 @pytest.fixture
@@ -86,7 +92,7 @@ def test_training_is_refused_before_it_starts(config, command, tmp_path, capsys)
         assert "1 of the 2 problems of" in message
         assert "train-0 = test-1" in message
         assert "leakage.action='allow'" in message
-    assert json.loads((tmp_path / "run" / "leakage.json").read_text())[0]["shared"] == [["train-0", "test-1"]]
+    assert json.loads((tmp_path / "run" / "leakage.json").read_text())["pairs"][0]["shared"] == [["train-0", "test-1"]]
     assert not (tmp_path / "run" / "sft").exists()
 
 
@@ -118,7 +124,7 @@ def test_dropped_problems_reach_no_phase(config, tmp_path, capsys):
     assert f"2 of 4 rows of data ({tmp_path / 'train.jsonl'}) left out, listed in {run / 'leakage.json'}" in printed
     assert f"1 of 2 rows of sft.data ({tmp_path / 'sft.jsonl'}) left out" in printed
     assert "train-1 = test-0" in printed
-    assert json.loads((run / "leakage.json").read_text())[0]["train_ids"] == ["train-1", "train-3"]
+    assert json.loads((run / "leakage.json").read_text())["pairs"][0]["train_ids"] == ["train-1", "train-3"]
     for stream in ("rollout", "rl", "rm experts", "sft check"):
         prompts = [example.prompt for example in experiment.examples(stream, 0, 6)]
         assert sorted(prompts) == ["one more apple"] * 3 + ["two more"] * 3
@@ -126,13 +132,21 @@ def test_dropped_problems_reach_no_phase(config, tmp_path, capsys):
     assert [example.prompt for example in experiment.test_examples(9)] == [PROBLEM, "a pear"]
 
 
-def test_dropped_rows_are_the_same_without_the_guard_and_after_a_restart(config, tmp_path):
+def test_dropped_rows_are_the_same_without_the_guard_and_after_a_restart(config, tmp_path, monkeypatch):
     made = config([PROBLEM, "x", "y"], [PROBLEM], action="drop")
     first = Experiment(made, tmp_path / "run").examples("rl", 0, 8)
     assert "train-0" not in {example.id for example in first}
-    (tmp_path / "test.jsonl").unlink()  # the comparison is kept
+    monkeypatch.setattr(leakage, "compare", None)  # the comparison is kept
     guard(made, tmp_path / "run")
     assert Experiment(made, tmp_path / "run").examples("rl", 0, 8) == first
+
+
+def test_other_data_are_compared_anew(config, tmp_path):
+    """The file behind a path was replaced: what is kept answers for the old one alone."""
+    made = config(["x", "y"], [PROBLEM], action="drop")
+    assert left_out(made, tmp_path, "data") == frozenset()
+    write(tmp_path / "train.jsonl", [PROBLEM, "y"])
+    assert left_out(made, tmp_path, "data") == {"train-0"}
 
 
 def test_other_actions_leave_nothing_out(config, tmp_path):

@@ -1,5 +1,6 @@
 """`ipvrm run`: which phases, in which order, how many side by side, and what happens when one fails."""
 
+import signal
 import subprocess
 import time
 
@@ -76,3 +77,13 @@ def test_a_failure_is_named_with_its_last_lines_and_ends_the_others(tiny_config,
     processes = {key: process for key, _, process in started}
     assert set(processes) == {"sft", "rollout", "rm.a", "rm.b"}
     assert processes["rm.b"].poll() is not None
+
+
+def test_a_phase_that_does_not_end_is_killed(monkeypatch):
+    monkeypatch.setattr(pipeline, "GRACE_SECONDS", -4.5)  # half a second in all
+    code = "trap '' TERM; echo ready; while :; do sleep 0.1; done"
+    deaf = subprocess.Popen(["sh", "-c", code], stdout=subprocess.PIPE)
+    deaf.stdout.readline()
+    pipeline._end([deaf])
+    deaf.stdout.close()
+    assert deaf.returncode == -signal.SIGKILL

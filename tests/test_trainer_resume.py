@@ -215,7 +215,7 @@ def _interrupted(made: Runs) -> None:
     seen["started"] = made.refusal("sft")
     with open(metrics, "a") as file:
         file.write('{"step": 39, "nl')  # a line cut short, as a kill within write() would leave it
-    made.kill_at_rename("sft", 3)  # rename 1: a checkpoint, 2: its predecessor goes, 3: the next checkpoint
+    made.kill_at_rename("sft", 2)  # rename 1: a checkpoint, 2: the next one
     assert list((b / "sft").glob(".step-*.tmp/state.json"))
     made.resume("sft")
 
@@ -226,9 +226,9 @@ def _interrupted(made: Runs) -> None:
     made.kill_at_line("train-rm", 3)
     made.resume("train-rm")
 
-    made.kill_at_line("distrl", 3)
-    made.kill_at_rename("distrl", 2)  # the new checkpoint is there, the old one not gone yet
-    assert len(list((b / "rl/dist").glob("step-*"))) == 2
+    made.kill_at_line("distrl", 5)
+    made.kill_at_rename("distrl", 2)  # the new checkpoint is there, the oldest one not gone yet
+    assert len(list((b / "rl/dist").glob("step-*"))) == 3
     made.resume("distrl")
 
     made.kill_when((b / "eval/policy-start.json").exists, "eval")
@@ -297,7 +297,7 @@ def test_nothing_is_left_behind(runs):
 
 
 def test_the_last_checkpoint_holds_both_models_and_both_optimisers(runs):
-    (newest,) = (runs.a / "rl/dist").glob("step-*")
+    _, newest = sorted((runs.a / "rl/dist").glob("step-*"))
     state = json.loads((newest / "state.json").read_text())
     assert state["step"] == 8
     assert state["cursor"] >= 8 * 16  # prompts already used; never asked again

@@ -5,6 +5,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 
 from ipvrm_core.trainer.verify import ExactVerifier, Verdict, make_verifier
 from ipvrm_core.trainer.verify.exact import normalise
+from ipvrm_core.trainer.verify.pool import BrokenJudgeError
 from ipvrm_core.trainer.verify.worker import load_judge
 
 REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "verifier" / "qwen_math_cot_100.jsonl"
@@ -20,6 +22,7 @@ TIMEOUT_S = 1.5
 
 JUDGES = """
 import os, sys, time
+import numpy
 from ipvrm_core.trainer.verify import Verdict
 
 def same(response, gold):
@@ -35,8 +38,10 @@ def act(response, gold):
         os._exit(3)
     elif word == "exit":
         sys.exit(4)
-    elif word == "one":
-        return 1
+    elif word == "value":
+        return eval(rest, {"np": numpy})
+    elif word == "fill":
+        return len(bytearray(int(rest))) > 0
     elif word == "verdict":
         return Verdict(False, "no_answer", rest)
     elif word == "pid":
@@ -59,7 +64,7 @@ def judges(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def math():
     pytest.importorskip("math_verify")
-    with make_verifier("math", timeout_s=TIMEOUT_S, workers=2) as verifier:
+    with make_verifier("math", timeout_s=TIMEOUT_S, max_errors=1.0) as verifier:
         yield verifier
 
 
@@ -162,8 +167,9 @@ def test_inputs_that_burn_end_and_leave_the_others_alone(math):
 
 
 def test_own_judge_failures_stay_with_their_item(judges, caplog):
-    responses = ["sleep 60", "fine", "raise broken", "die", "fine", "exit", "one", "verdict text", "sleep 0.01"]
-    with make_verifier(f"{judges}:act", timeout_s=0.5) as verifier, caplog.at_level(logging.WARNING):
+    responses = ["sleep 60", "fine", "raise broken", "die", "fine", "exit", "value None", "verdict text", "sleep 0.01"]
+    verifier = make_verifier(f"{judges}:act", timeout_s=0.5, max_errors=1.0)
+    with verifier, caplog.at_level(logging.WARNING):
         verdicts = verifier(responses, [""] * len(responses))
         assert verdicts == [
             Verdict(False, "timeout"),
@@ -176,8 +182,85 @@ def test_own_judge_failures_stay_with_their_item(judges, caplog):
             Verdict(False, "no_answer", "text"),
             Verdict(True, "ok"),
         ]
-        assert "act failed on 4 of 9 items; the first, item 2: RuntimeError: broken" in caplog.text
+        assert "act failed on 5 of 9 items; the first, item 0: no verdict within 0.5 s" in caplog.text
         assert verifier(["fine"], [""]) == [Verdict(True, "ok")]
+
+
+def test_what_a_judge_may_return(judges):
+    right = ["True", "1", "1.0", "np.bool_(True)", "np.int64(1)", "np.ones(1)"]
+    wrong = ["False", "0", "np.bool_(False)", "np.float32(0)"]
+    neither = ["None", "float('nan')", "np.float64('nan')", "2", "0.5", "'1'", "[]", "np.ones(2)"]
+    with make_verifier(f"{judges}:act", max_errors=1.0) as verifier:
+        found = [verifier([f"value {text}" for text in kind], [""] * len(kind)) for kind in (right, wrong, neither)]
+    assert [set(verdicts) for verdicts in found] == [
+        {Verdict(True, "ok")},
+        {Verdict(False, "ok")},
+        {Verdict(False, "error")},
+    ]
+
+
+@pytest.mark.parametrize(("broken", "stops"), [(5, False), (6, True)])
+def test_a_share_of_errors_over_the_limit_stops_and_names_the_first_sample(judges, broken, stops):
+    responses = ["fine"] * (100 - broken) + ["raise bad thing"] * broken
+    with make_verifier(f"{judges}:act") as verifier:
+        if not stops:
+            assert sum(not verdict.decided for verdict in verifier(responses, ["7"] * 100)) == broken
+            return
+        with pytest.raises(
+            BrokenJudgeError, match=r"on 6 of all 100 answers, more than max_errors = 0.05 allows"
+        ) as caught:
+            verifier(responses, ["7"] * 100)
+    assert "The first, answer 94: RuntimeError: bad thing; its gold answer is '7'" in str(caught.value)
+    assert "ends in 'raise bad thing'" in str(caught.value)
+
+
+def test_a_judge_that_always_hangs_is_given_up(judges):
+    """23 time-outs of two workers and not 2,000; a call that has one bad prompt among many goes on."""
+    begun = time.monotonic()
+    with make_verifier(f"{judges}:act", timeout_s=0.02) as verifier:
+        with pytest.raises(BrokenJudgeError, match=r"on 2\d of the first 2\d of 2000 answers.*within 0.02 s"):
+            verifier(["sleep 9"] * 2000, ["7"] * 2000)
+        assert time.monotonic() - begun < 60
+    with make_verifier(f"{judges}:act") as verifier:
+        verdicts = verifier(["raise bad gold"] * 64 + ["fine"] * 1936, ["7"] * 2000)
+    assert [verdict.decided for verdict in verdicts] == [False] * 64 + [True] * 1936
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no system but Linux enforces the limit")
+def test_memory_of_a_worker_is_limited(judges):
+    with make_verifier(f"{judges}:act", workers=1, memory_gib=0.5, max_errors=1.0) as verifier:
+        responses = ["fill 100_000_000", "fill 1_000_000_000", "fill 100_000_000"]
+        assert [verdict.status for verdict in verifier(responses, [""] * 3)] == ["ok", "error", "ok"]
+
+
+CUT = [  # (response that was cut before its answer, gold): the last number happens to be the gold answer
+    ("First we add 2 and 3, which makes 5", "5"),
+    (r"There are $3\cdot 4 = 12$ apples. Of these 12", "12"),
+    (r"so $x = \frac{1}{2}$ and then \boxed{\frac{1", "0.5"),
+]
+
+
+def test_boxed_takes_nothing_but_the_last_box(math):
+    assert all(verdict.correct for verdict in math(*zip(*CUT[:2], strict=True)))
+    cases = [*CUT, (r"\boxed{4} no, \boxed{\frac{2}{4}}, or 7", "0.5"), (r"\boxed{4=5}", "5"), (r"\boxed{}", "5")]
+    with make_verifier("boxed") as boxed:
+        verdicts = boxed(*zip(*cases, strict=True))
+    assert [verdict.status for verdict in verdicts] == [*["no_answer"] * 3, "ok", "ok", "no_answer"]
+    assert [verdict.correct for verdict in verdicts] == [False, False, False, True, False, False]
+
+
+def test_an_unfinished_answer_is_wrong_unseen_where_that_is_asked_for():
+    from ipvrm_core.trainer.evaluation.sampled_answers import Asker
+    from ipvrm_core.trainer.phases.rollout import judged
+    from ipvrm_core.trainer.rollouts import Sample
+
+    samples = [Sample([1], [2], [0.0], finished) for finished in (True, False, True)]
+    for unfinished, expected in (("judge", ["ok"] * 3), ("wrong", ["ok", "unfinished", "ok"])):
+        asker = Asker(None, ExactVerifier(), unfinished=unfinished)
+        verdicts = judged(asker, samples, ["5", "5", "6"], ["5"] * 3)
+        assert [verdict.status for verdict in verdicts] == expected
+        assert [verdict.correct for verdict in verdicts] == [True, unfinished == "judge", False]
+        assert all(verdict.decided for verdict in verdicts)
 
 
 def test_own_judge_order_and_threads(judges):
@@ -230,7 +313,7 @@ def test_a_judge_that_only_fails_in_the_worker_is_reported(tmp_path, monkeypatch
 
 
 def test_construction_errors(judges):
-    with pytest.raises(ValueError, match="unknown verifier 'maths'; expected 'exact', 'math' or"):
+    with pytest.raises(ValueError, match="unknown verifier 'maths'; expected 'exact', 'math', 'boxed' or"):
         make_verifier("maths")
     with pytest.raises(ImportError, match="no_such_module"):
         make_verifier("no_such_module:judge")

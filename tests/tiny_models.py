@@ -22,9 +22,11 @@ ROWS = [
 
 
 def made_up(folder: Path, rows=ROWS, name: str = "gsm8k") -> Path:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    path.write_text(json.dumps([{"id": f"{name}-{i}", **row} for i, row in enumerate(rows)]))
+    other = "" if name == "gsm8k" else "?"  # no problem twice
+    rows = [{"id": f"{name}-{i}", **row, "problem": row["problem"] + other} for i, row in enumerate(rows)]
+    path.write_text(json.dumps(rows))
     return path
 
 
@@ -77,16 +79,18 @@ def saved(folder: Path, **parts) -> dict[str, str]:
 
 
 @torch.no_grad()
-def plain_scores(scorer: Scorer, ids: list[int], start: int) -> np.ndarray:
-    """Of the tokens from `start`, from the models' own logits or hidden states."""
+def plain_scores(scorer: Scorer, ids: list[int], start: int, unseen: int | None = None) -> np.ndarray:
+    """Of the tokens from `start`, from the models' own logits or hidden states; `unseen`: a token that is masked."""
     row = torch.tensor([ids])
+    mask = torch.tensor([[token != unseen for token in ids]]).long()
     if scorer.kind == "value":
         head = scorer.model.value_head
         hidden = scorer.model.model(input_ids=row).last_hidden_state[0]
         return (hidden @ head.weight[0] + head.bias)[start:].numpy()
 
     def logprobs(one):
-        return one(input_ids=row).logits[0, :-1].log_softmax(-1).gather(1, row[0, 1:, None])[start - 1 :, 0]
+        logits = one(input_ids=row, attention_mask=mask).logits[0, :-1]
+        return logits.log_softmax(-1).gather(1, row[0, 1:, None])[start - 1 :, 0]
 
     ours = logprobs(scorer.model)
     if scorer.kind == "log-ratio":

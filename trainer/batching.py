@@ -4,6 +4,7 @@ Shape letters: B sequences, L padded length, N response tokens, D hidden size.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ipvrm_core.packing import cu_seqlens_from_lengths
 from ipvrm_core.trainer.models import hidden_states
+from ipvrm_core.trainer.progress import Progress
 
 
 class Answer(NamedTuple):
@@ -31,9 +33,17 @@ class TokenBatch(NamedTuple):
 
     @classmethod
     def make(
-        cls, answers: Sequence[Answer], device: torch.device | str = "cpu", *, after: bool = False
+        cls,
+        answers: Sequence[Answer],
+        device: torch.device | str = "cpu",
+        *,
+        after: bool = False,
+        unseen: int | None = None,
     ) -> "TokenBatch":
-        """after: rows of the hidden states that have read their response token, instead of those that predict it."""
+        """after: rows of the hidden states that have read their response token, instead of those that predict it.
+
+        unseen: a token that is masked like padding wherever it stands.
+        """
         if any(not answer.prompt_ids or not answer.response_ids for answer in answers):
             raise ValueError("prompt and response must both have at least one token")
         last = 0 if after else 1  # nothing is predicted after the last token, but it can be scored
@@ -47,6 +57,8 @@ class TokenBatch(NamedTuple):
             ids_BL[b, : len(tokens)] = torch.tensor(tokens)
             mask_BL[b, : len(tokens)] = 1
             rows.append(torch.arange(len(answer.prompt_ids) - last, len(tokens)) + b * L)
+        if unseen is not None:
+            mask_BL *= ids_BL != unseen
         targets_N = torch.tensor([token for answer in answers for token in answer.response_ids])
         lengths_B = torch.tensor([len(answer.response_ids) for answer in answers])
         made = cls(ids_BL, mask_BL, torch.cat(rows), targets_N, cu_seqlens_from_lengths(lengths_B))
@@ -71,15 +83,27 @@ def micro_batches(answers: Sequence[Answer], max_tokens: int) -> Iterator[slice]
 
 
 def map_rows(
-    model: nn.Module, answers: Sequence[Answer], max_tokens: int, function: Callable, *, after: bool = False
+    model: nn.Module,
+    answers: Sequence[Answer],
+    max_tokens: int,
+    function: Callable,
+    *,
+    after: bool = False,
+    unseen: int | None = None,
+    label: str | None = None,
 ) -> list[Tensor]:
-    """function(hidden [n, D], TokenBatch, slice of the packed rows) -> tuple of [n, ...]; concatenated, no gradient."""
+    """function(hidden [n, D], TokenBatch, slice of the packed rows) -> tuple of [n, ...]; concatenated, no gradient.
+
+    after, unseen: as in TokenBatch. label: of long work, which then says how far it has come.
+    """
     device = next(model.parameters()).device
     pieces, row = [], 0
-    with torch.no_grad():
+    with torch.no_grad(), Progress(label, len(answers), unit="answer") if label else nullcontext() as shown:
         for part in micro_batches(answers, max_tokens):
-            batch = TokenBatch.make(answers[part], device, after=after)
+            batch = TokenBatch.make(answers[part], device, after=after, unseen=unseen)
             count = len(batch.targets_N)
             pieces.append(function(response_hidden(model, batch), batch, slice(row, row + count)))
             row += count
+            if shown:
+                shown.update(part.stop - part.start)
     return [torch.cat(column) for column in zip(*pieces, strict=True)]

@@ -1,12 +1,17 @@
 """The command `ipvrm`: one subcommand a phase, and `run` for the whole chain."""
 
 import argparse
+import os
+import re
+import select
+import signal
 import sys
 from pathlib import Path
 
-from ipvrm_core.trainer import cli_evaluation
+from ipvrm_core.trainer import cli_evaluation, ending
 from ipvrm_core.trainer import config as configuration
 from ipvrm_core.trainer.config import Config, ConfigError
+from ipvrm_core.trainer.files import read_json
 
 EPILOG = """\
 A configuration is a TOML file; `ipvrm config` lists every key with its type, default and meaning.
@@ -22,14 +27,49 @@ TRAINING = ("sft", "rollout", "train-rm", "distrl")  # commands that look for ev
 
 def main(arguments: list[str] | None = None) -> int:
     options = _parse(arguments)
+    if "" not in sys.path:
+        sys.path.append("")  # own judges and objectives in the current folder, as `python -m` finds them
     try:
-        options.function(options)
-    except (ConfigError, RuntimeError, ValueError, OSError, FloatingPointError) as error:
-        if options.traceback:
+        with ending.signals():
+            if options.with_parent:
+                ending.end_with_parent()
+            options.function(options)
+            sys.stdout.flush()  # here, where a reader that is gone can be told from other failures
+    except KeyboardInterrupt as error:
+        number = getattr(error, "signal", signal.SIGINT)
+        print(f"ipvrm {options.command}: ended by {number.name}", file=sys.stderr)
+        return 128 + number
+    except Exception as error:
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 128 + signal.SIGPIPE
+        if options.traceback or not _expected(error):
             raise
         print(f"ipvrm {options.command}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+EXPECTED = (RuntimeError, ValueError, OSError, FloatingPointError, ImportError, MemoryError, re.error)
+LIBRARIES = ("datasets", "huggingface_hub", "jinja2", "pyarrow", "safetensors", "tokenizers")
+
+
+def _expected(error: Exception) -> bool:
+    """Whether the user's data, files or machine are at fault; anything else is a mistake of ours and shows its trace.
+
+    Libraries raise classes of their own, and those written in Rust a bare Exception.
+    """
+    library = type(error).__module__.partition(".")[0]
+    return isinstance(error, EXPECTED) or type(error) is Exception or library in LIBRARIES
+
+
+def _reader_is_gone() -> bool:
+    """Whether stdout is a pipe that nobody reads any more, as behind `| head`; then what is left to print goes."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)  # errors and hang-ups are told unasked
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -49,6 +89,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="ipvrm", description="Prefix-value reward models (IPVRM) and DistRL.", epilog=EPILOG, formatter_class=raw
     )
+    parser.add_argument("--with-parent", action="store_true", help=argparse.SUPPRESS)  # end when stdin does
     parser.add_argument("--traceback", action="store_true", help="show where an error came from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -89,11 +130,9 @@ def _parser() -> argparse.ArgumentParser:
 def _load(options) -> Config:
     path = Path(options.config)
     if path.suffix == ".json":
-        import json
-
         if options.overrides:
             raise ConfigError("a resolved config.json takes no overrides")
-        return configuration.check(json.loads(path.read_text()), str(path))
+        return configuration.check(read_json(path), str(path))
     return configuration.load(path, options.overrides)
 
 
@@ -110,7 +149,9 @@ def _with_experiment(options, function) -> None:
     _quiet()
     from ipvrm_core.trainer.experiment import Experiment
     from ipvrm_core.trainer.leakage import guard
+    from ipvrm_core.trainer.preflight import preflight
 
+    preflight(config, options.run)
     experiment = Experiment(config, options.run)
     try:
         if options.command in TRAINING:
@@ -165,12 +206,15 @@ def _run(options) -> None:
     from ipvrm_core.trainer import pipeline
     from ipvrm_core.trainer.experiment import Experiment
     from ipvrm_core.trainer.leakage import guard
+    from ipvrm_core.trainer.preflight import preflight
 
     if options.jobs < 1:
         raise ConfigError(f"--jobs must be >= 1; got {options.jobs}")
     config = _load(options)
     if options.run.exists() and any(options.run.iterdir()) and not options.resume:
         raise ConfigError(f"{options.run} is not empty; pass --resume to go on, or take another --run folder")
+    _quiet()
+    preflight(config, options.run)
     Experiment(config, options.run)  # keeps config.json
     guard(config, options.run)
     pipeline.run(config, options.run, options.jobs)

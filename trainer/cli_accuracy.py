@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from ipvrm_core.trainer.benchmarks import PRESETS
-from ipvrm_core.trainer.cli_models import MODEL, quiet
+from ipvrm_core.trainer.cli_models import MODEL, model_files, quiet
 
 
 def add(commands) -> None:
@@ -24,7 +24,24 @@ def add(commands) -> None:
     parser.add_argument("--batch", type=int, default=64, help="sequences at once, and problems a resumable part")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--system-prompt", help="first message, where the tokenizer has a chat template")
-    parser.add_argument("--verifier", default="math", help="exact | math | package.module:function (default: math)")
+    parser.add_argument(
+        "--verifier",
+        default="math",
+        help=r"exact | math | boxed (math on the last \boxed{} alone) | package.module:function, which is imported "
+        "(default: math)",
+    )
+    parser.add_argument(
+        "--max-errors",
+        type=float,
+        default=0.05,
+        help="share of answers that may stay without a verdict (default: 0.05)",
+    )
+    parser.add_argument(
+        "--unfinished",
+        choices=("judge", "wrong"),
+        default="judge",
+        help="answers cut at --max-new-tokens: judge them as they are, or count them wrong unseen",
+    )
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--out", type=Path, required=True, help="JSON file for the result")
@@ -45,10 +62,11 @@ def run(options) -> None:
     source = _source(options)
     names = ("samples", "temperature", "top_p", "max_new_tokens", "batch", "seed")
     sampling = sampled_answers.Sampling(**{name: getattr(options, name) for name in names})
-    origin = {name: getattr(options, name) for name in ("model", "dtype", "system_prompt", "verifier")}
+    origin = {name: getattr(options, name) for name in ("model", "dtype", "system_prompt", "verifier", "unfinished")}
     origin |= {"data": source.model_dump(exclude_defaults=True), "sampling": asdict(sampling)}
+    origin["files"] = {**_data_files(source), **model_files(model=options.model)}
     parts = options.out.with_name(f"{options.out.name}.parts")
-    _check_old(options, parts)
+    _check_old(options, parts, origin["files"])
 
     groups = by_group(source, options.preset or Path(options.data).stem, read_source(source))
     if options.answers:
@@ -56,8 +74,8 @@ def run(options) -> None:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     quiet()
     tokenizer, model = load_language_model(options.model, options.dtype, options.device)
-    with make_verifier(options.verifier) as verifier:
-        asker = sampled_answers.Asker(tokenizer, verifier, options.system_prompt)
+    with make_verifier(options.verifier, max_errors=options.max_errors) as verifier:
+        asker = sampled_answers.Asker(tokenizer, verifier, options.system_prompt, options.unfinished)
         made = sampled_answers.sample_parts(parts, asker, model, groups, sampling, origin)
     result = {"origin": origin, **sampled_answers.summarise(made, sampling.samples)}
     if options.answers:
@@ -82,12 +100,25 @@ def _source(options):
     return check(raw, options.data, Source)
 
 
-def _check_old(options, parts: Path) -> None:
-    """ValueError rather than writing over a result, or going on with old answers unasked."""
+def _data_files(source) -> dict[str, str]:
+    from ipvrm_core.trainer.identity import data_digests
+
+    found = data_digests(source.path, source.split, source.config)
+    return {f"data/{name}": digest for name, digest in found.items()}
+
+
+def _check_old(options, parts: Path, files: dict[str, str]) -> None:
+    """ValueError rather than writing over a result, or going on with old answers unasked or from other files."""
+    from ipvrm_core.trainer.identity import differing
+
     if options.out.exists():
         raise ValueError(f"{options.out} exists already; take another --out")
     if parts.exists() and not options.resume:
         raise ValueError(f"{parts} holds the answers of a stopped command; pass --resume to go on, or remove it")
+    kept = parts / "origin.json"
+    changed = differing(json.loads(kept.read_text()).get("files", {}), files) if kept.exists() else []
+    if changed:
+        raise ValueError(f"{parts} holds answers made before {', '.join(changed)} changed; remove it to begin anew")
 
 
 def _check_readable(groups) -> None:

@@ -2,8 +2,9 @@
 
 from pathlib import Path
 
-from ipvrm_core.trainer import cli_accuracy, cli_processbench
+from ipvrm_core.trainer import cli_accuracy, cli_inspect, cli_processbench
 from ipvrm_core.trainer.cli_models import (
+    BETA,
     MODEL,
     beta_of,
     form_of,
@@ -12,73 +13,20 @@ from ipvrm_core.trainer.cli_models import (
     load_scorer_of,
     max_length_of,
     model_options,
-    newlines,
     origin_of,
     quiet,
     said,
     scorer_options,
 )
 
-BETA = "factor of every token score (default: 10 for log-ratios, 1 for value heads and log-probs)"
-
 
 def add(commands) -> None:
     """Add every command of this file to the parser's subcommands."""
     cli_processbench.add(commands)
     cli_accuracy.add(commands)
-    _inspect(commands)
+    cli_inspect.add(commands)
     _best_of_n(commands)
     _candidates(commands)
-
-
-def _inspect(commands) -> None:
-    help = "Show one answer token by token: TD advantages, values, step scores, candidates; writes an HTML page."
-    parser = commands.add_parser("inspect", help=help, description=help)
-    scorer_options(parser, required=True)
-    format_options(parser)
-    text = parser.add_argument_group("the text: either --problem and --answer, or --data and --id")
-    text.add_argument("--problem", help="text of the problem, or @FILE")
-    text.add_argument("--answer", help="text of the answer, or @FILE; --joiner cuts it into steps")
-    text.add_argument("--data", type=Path, help="a ProcessBench file or folder")
-    text.add_argument("--id", help="which of its problems")
-    parser.add_argument("--out", type=Path, required=True, help="the page, FILE.html")
-    parser.add_argument("--beta", type=float, help=BETA)
-    parser.add_argument("--p-min", type=float, default=0.05, help="least probability of a candidate")
-    parser.add_argument("--sigma", type=float, help="sigma_V of training (default: spread of this answer's values)")
-    parser.add_argument("--threshold", type=float, help="mark the first step whose process score is below it")
-    parser.set_defaults(function=run_inspect)
-
-
-def run_inspect(options) -> None:
-    from ipvrm_core.trainer.report.inspection import inspect, write_page
-
-    problem, steps, label, title = _text(options)
-    form = form_of(options)
-    settings = {name: getattr(options, name) for name in ("p_min", "sigma", "threshold")}
-    scorer = load_scorer_of(options)
-    settings["beta"] = beta_of(options, scorer)
-    shown = inspect(scorer, problem, steps, form, label=label, **settings)
-    write_page(options.out, shown, title)
-    print(options.out)
-
-
-def _text(options) -> tuple[str, list[str], int | None, str]:
-    """(problem, steps, label, title of the page)."""
-    from ipvrm_core.trainer.data.processbench import load_processbench
-
-    if bool(options.data and options.id) == bool(options.problem and options.answer):
-        raise ValueError("pass either --problem and --answer, or --data and --id")
-    if options.data:
-        found = [item for item in load_processbench(options.data) if item.id == options.id]
-        if not found:
-            raise ValueError(f"{options.data} has no problem with id {options.id!r}")
-        return found[0].problem, list(found[0].steps), found[0].label, f"{found[0].id} · {found[0].generator}"
-    problem, answer = (
-        Path(text[1:]).read_text(encoding="utf-8") if text.startswith("@") else text
-        for text in (options.problem, options.answer)
-    )
-    steps = [step for step in answer.strip().split(newlines(options.joiner)) if step.strip()]
-    return problem, steps, None, f"{options.model}"
 
 
 def _best_of_n(commands) -> None:
@@ -89,6 +37,12 @@ def _best_of_n(commands) -> None:
     parser.add_argument("--problem", default="problem", help="column that names the problem")
     parser.add_argument("--answer", default="answer", help="column of final answers, for the votes")
     parser.add_argument("--correct", default="correct", help="column of verdicts")
+    parser.add_argument(
+        "--equal",
+        choices=("math", "text"),
+        default="math",
+        help=r"answers that vote as one: 0.5 and \frac12, or equal texts",
+    )
     parser.add_argument("--score", nargs="*", default=[], help="columns of scores: numbers, or lists of step scores")
     parser.add_argument("--prompt", help="column of the prompt; with --model, to score the answers here")
     parser.add_argument("--text", help="column of the answer's text; with --model")
@@ -104,6 +58,7 @@ def _best_of_n(commands) -> None:
 
 def run_best_of_n(options) -> None:
     from ipvrm_core.trainer.evaluation import stored_answers
+    from ipvrm_core.trainer.evaluation.equal_answers import math_equality, merge_equal
     from ipvrm_core.trainer.files import write_json
 
     together = {f"--{name}": getattr(options, name) for name in ("model", "prompt", "text")}
@@ -116,10 +71,14 @@ def run_best_of_n(options) -> None:
     columns = {name: getattr(options, name) for name in ("problem", "answer", "correct", "prompt", "text")}
     stored = stored_answers.read_stored(options.answers, **columns, scores=options.score)
     made = _scores_made_here(options, stored) if options.model else {"scores": None}
-    result = stored_answers.evaluate(stored, options.n, resamples=options.resamples, seed=options.seed)
+    voting = stored
+    if options.equal == "math":
+        with math_equality() as equal:
+            voting = merge_equal(stored, equal)
+    result = stored_answers.evaluate(voting, options.n, resamples=options.resamples, seed=options.seed)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        write_json(options.out, {"sizes": result, **made})
+        write_json(options.out, {"sizes": result, "equal": options.equal, **made})
     print(stored_answers.markdown(result))
 
 

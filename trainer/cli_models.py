@@ -2,8 +2,10 @@
 
 import sys
 from argparse import ArgumentParser
+from pathlib import Path
 
 MODEL = "name or folder of a Hugging Face model, or FOLDER/FILE.gguf"
+BETA = "factor of every token score (default: 10 for log-ratios, 1 for value heads and log-probs)"
 
 
 def scorer_options(parser: ArgumentParser, required: bool) -> None:
@@ -40,6 +42,34 @@ def length_options(parser: ArgumentParser) -> None:
         default="refuse",
         help="longer texts: stop before anything is scored (default), score them not at all, or as far as they fit",
     )
+
+
+def problem_options(parser: ArgumentParser) -> None:
+    """How the files of --data say it."""
+    from ipvrm_core.trainer.data.processbench import ROLES
+
+    parser.add_argument(
+        "--columns",
+        nargs="+",
+        default=[],
+        metavar="ROLE=COLUMN",
+        help=f"columns of other names, dots for nested ones; roles: {', '.join(ROLES)}",
+    )
+    parser.add_argument(
+        "--first-step", type=int, choices=(0, 1), default=0, help="the number of the first step in labels (default: 0)"
+    )
+    parser.add_argument(
+        "--bad-rows",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="list all and stop (default), or leave them out",
+    )
+
+
+def layout_of(options):
+    from ipvrm_core.trainer.data.processbench import Layout, parse_columns
+
+    return Layout(parse_columns(options.columns), options.first_step, options.bad_rows)
 
 
 def newlines(text: str) -> str:
@@ -81,6 +111,19 @@ def origin_of(options, scorer) -> dict:
     decay = scorer.decay if scorer.kind == "log-prob" else None
     models = {name: getattr(options, name) for name in ("model", "reference", "dtype")}
     return {"score": scorer.kind, "decay": decay, **models}
+
+
+def model_files(**paths: str | None) -> dict[str, str]:
+    """{"model/config.json": digest, ...} of the models of these options."""
+    from ipvrm_core.trainer.identity import model_digests
+
+    found = {}
+    for option, path in paths.items():
+        if path:
+            gguf = Path(path).name if path.endswith(".gguf") else None
+            digests = model_digests(Path(path).parent if gguf else path, gguf)
+            found |= {f"{option}/{name}": digest for name, digest in digests.items()}
+    return found
 
 
 def said(origin: dict) -> str:

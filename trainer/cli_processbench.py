@@ -1,14 +1,18 @@
 """`ipvrm processbench`: score once, evaluate as often as wanted."""
 
+import sys
 from pathlib import Path
 
 from ipvrm_core.trainer.cli_models import (
     form_of,
     format_options,
+    layout_of,
     length_options,
     load_scorer_of,
     max_length_of,
+    model_files,
     origin_of,
+    problem_options,
     said,
     scorer_options,
 )
@@ -20,6 +24,7 @@ def add(commands) -> None:
     scorer_options(parser, required=False)
     format_options(parser)
     parser.add_argument("--data", type=Path, help="file or folder of problems (json, jsonl, parquet); needs --out")
+    problem_options(parser)
     parser.add_argument("--out", type=Path, help="folder for the scores (one parquet a subset) and results.json")
     parser.add_argument("--rescore", type=Path, nargs="+", help="score files or folders: evaluate, without any model")
     parser.add_argument("--resume", action="store_true", help="keep what --out already has, and score the rest")
@@ -37,8 +42,8 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from ipvrm_core.trainer.evaluation import processbench_results
-    from ipvrm_core.trainer.evaluation.processbench_files import read_scores
+    from ipvrm_core.trainer.evaluation import processbench_results, processbench_tables
+    from ipvrm_core.trainer.evaluation.processbench_files import read_scores, read_sources
     from ipvrm_core.trainer.files import locked, write_json
 
     _check(options)
@@ -46,14 +51,19 @@ def run(options) -> None:
         with locked(options.out):
             _score(options)
     rows, origin = read_scores(options.rescore or [options.out])
+    sources = read_sources(options.rescore or [options.out])
     result = {
         "origin": origin,
+        "sources": sources,
         **processbench_results.evaluate(rows, options.tune_on, options.resamples, options.seed),
     }
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
         write_json(options.out / "results.json", result)
-    print(said(origin), "", processbench_results.markdown(result), sep="\n")
+    skipped = [
+        f"{name}: {source['skipped']} rows left out" for name, source in sources.items() if source.get("skipped")
+    ]
+    print(said(origin), *skipped, "", processbench_tables.markdown(result), sep="\n")
 
 
 def _check(options) -> None:
@@ -74,27 +84,31 @@ def _check(options) -> None:
 
 
 def _score(options) -> None:
-    from ipvrm_core.trainer.data.processbench import load_processbench
+    from ipvrm_core.trainer.data.processbench import read_subsets
     from ipvrm_core.trainer.evaluation import processbench
-    from ipvrm_core.trainer.evaluation.processbench_files import Parts, check_origin, read_scores, write_scores
+    from ipvrm_core.trainer.evaluation.processbench_files import Parts, check_origin, check_source, write_scores
 
     form = _form(options)
-    problems = load_processbench(options.data, options.limit)
+    subsets = read_subsets(options.data, options.limit, layout_of(options))
+    sources = {subset.name: _source(options, subset) for subset in subsets}
     finished, begun = (sorted(options.out.glob(pattern)) for pattern in ("*.parquet", "*.parts/*.parquet"))
     if (finished or begun) and not options.resume:
         name = [*finished, *begun][0].relative_to(options.out)
         raise ValueError(f"{options.out} already has scores ({name}); pass --resume, or take another --out folder")
+    for path in finished:
+        if path.stem in sources:
+            check_source(path, sources[path.stem])
     scorer = load_scorer_of(options)
     limit = max_length_of(options, scorer)
     origin = _origin(options, scorer, form, limit)
-    if finished:
-        check_origin(options.out, read_scores(finished)[1], origin)
-    for subset in dict.fromkeys(problem.subset for problem in problems):
-        path, parts = options.out / f"{subset}.parquet", Parts(options.out / f"{subset}.parts", origin)
+    for path in finished:
+        check_origin(path, origin)
+    for subset in subsets:
+        path, parts = options.out / f"{subset.name}.parquet", Parts(options.out / f"{subset.name}.parts", origin)
         if not path.exists():
             rows = processbench.score(
                 scorer,
-                [problem for problem in problems if problem.subset == subset],
+                subset.problems,
                 form,
                 max_tokens=options.micro_batch_tokens,
                 max_length=limit,
@@ -102,8 +116,25 @@ def _score(options) -> None:
                 with_official=options.official,
                 parts=parts,
             )
-            write_scores(path, rows, origin)
+            write_scores(path, rows, origin, sources[subset.name])
         parts.remove()
+
+
+def _source(options, subset) -> dict:
+    """What is kept of a subset's data; says which rows are left out."""
+    from ipvrm_core.trainer.data.processbench import skipped_lines
+    from ipvrm_core.trainer.identity import file_digest
+
+    for line in skipped_lines(subset):
+        print(f"left out: {line}", file=sys.stderr)
+    digests = {subset.file.name: file_digest(subset.file)}
+    layout = layout_of(options)
+    return {
+        "files": digests,
+        "columns": layout.columns,
+        "first_step": layout.first_step,
+        "skipped": len(subset.skipped),
+    }
 
 
 def _form(options):
@@ -125,5 +156,6 @@ def _form(options):
 def _origin(options, scorer, form, limit: int | None) -> dict:
     from dataclasses import asdict
 
+    files = model_files(model=options.model, reference=options.reference)
     rules = {"limit": options.limit, "max_length": limit, "too_long": options.too_long, "official": options.official}
-    return {**origin_of(options, scorer), "format": asdict(form), **rules}
+    return {**origin_of(options, scorer), "format": asdict(form), **rules, "files": files}

@@ -49,7 +49,7 @@ class Credit:
     advantages_N: Tensor
     candidates: Candidates | None
     delta_NK: Tensor | None  # TD errors of the candidates; divided by sigma_V when a minibatch is made
-    values_N: Tensor | None
+    values_N: Tensor | None  # their spread is sigma_V; with skip_last_token the last one adds nothing
     numbers: dict[str, float]
 
 
@@ -84,11 +84,12 @@ def assign(
     )
     last_N = torch.zeros(total, dtype=torch.bool, device=advantages_N.device)
     last_N[old.cu_seqlens[1:] - 1] = True
-    values_N = prefix_values(delta_N, old.cu_seqlens, beta=1.0)  # beta is in delta already
+    scores_B = prefix_values(delta_N, old.cu_seqlens, beta=1.0)[last_N]  # beta is in delta already
     if preset.candidate_baseline == "mean" and delta_NK is not None:
         delta_NK = center_on_candidates(delta_NK, old.candidates.ids_NK, old.candidates.logprobs_NK)
     if preset.skip_last_token:
         delta_N = delta_N.masked_fill(last_N, 0.0)
+    values_N = prefix_values(delta_N, old.cu_seqlens, beta=1.0)
     sigma = sigma_v(value_moments(values_N), preset.sigma_form)
     if preset.estimator == "prime":  # whitens outcome and process together
         advantages_N = process_N = prime_advantages(
@@ -100,8 +101,8 @@ def assign(
     numbers = {
         **old.numbers,
         "sigma_v": sigma.item(),
-        "rm_auc": _nan_to_none(auc(values_N[last_N], batch.rewards_B)),
-        "rm_accuracy": ((values_N[last_N] > 0) == (batch.rewards_B > 0)).float().mean().item(),
+        "rm_auc": _nan_to_none(auc(scores_B, batch.rewards_B)),
+        "rm_accuracy": ((scores_B > 0) == (batch.rewards_B > 0)).float().mean().item(),
         "rm_score_per_token": delta_N.mean().item(),
         "gae_std": _std(process_N),
     }

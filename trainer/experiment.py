@@ -6,13 +6,15 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ipvrm_core.trainer import models
+from ipvrm_core.trainer import config as configuration
+from ipvrm_core.trainer import inputs, models
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import Config, ConfigError, Source
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.sources import read_source
 from ipvrm_core.trainer.data.tasks import make_task
-from ipvrm_core.trainer.files import write_text
+from ipvrm_core.trainer.files import read_json, write_text
+from ipvrm_core.trainer.identity import Digests, model_digests
 from ipvrm_core.trainer.leakage import left_out
 from ipvrm_core.trainer.prompts import encode_prompt
 from ipvrm_core.trainer.seeds import epoch_slice, stable_seed
@@ -20,20 +22,24 @@ from ipvrm_core.trainer.verify import make_verifier
 
 
 class Experiment:
-    """Folder layout: config.json, sft/, rollout/, rm/<name>/, rl/<name>/, eval/, report/. A phase owns its folder."""
+    """Folder layout: config.json, inputs/, sft/, rollout/, rm/<name>/, rl/<name>/, eval/, report/.
+
+    A phase owns its folder. A run mixes neither two configurations nor two versions of its data, code or base model.
+    """
 
     def __init__(self, config: Config, run: Path):
         self.config, self.run = config, Path(run)
         self.run.mkdir(parents=True, exist_ok=True)
         self._keep_config()
+        inputs.keep(self.run, inputs.data_inputs(config) | inputs.code_inputs(config))
 
     def _keep_config(self) -> None:
-        """The resolved configuration is written once; a run folder never mixes two configurations."""
+        """The resolved configuration is written once."""
         path, text = self.run / "config.json", self.config.model_dump_json(indent=1) + "\n"
         if not path.exists():
             write_text(path, text)
             return
-        kept = Config.model_validate_json(path.read_text()).model_dump()
+        kept = configuration.check(read_json(path), str(path)).model_dump()
         changed = sorted(_differing(kept, self.config.model_dump()))
         if changed:
             raise ConfigError(
@@ -110,7 +116,11 @@ class Experiment:
 
     @cached_property
     def tokenizer(self):
-        return models.load_tokenizer(self.config.model, self.task.alphabet if self.task else None)
+        """That of the base model, which every phase needs: here is where the base model is seen to be the same."""
+        model = self.config.model
+        if model.path:
+            inputs.keep(self.run, {"model": model_digests(model.path, model.gguf_file)})
+        return models.load_tokenizer(model, self.task.alphabet if self.task else None)
 
     def encode_prompt(self, example: Example) -> list[int]:
         """Token ids up to where the answer starts; through the chat template where there is one."""
@@ -131,7 +141,12 @@ class Experiment:
     @cached_property
     def verifier(self):
         settings = self.config.verifier
-        return make_verifier(settings.kind, timeout_s=settings.timeout_s, workers=settings.workers)
+        return make_verifier(settings.kind, max_errors=settings.max_errors, **settings.limits)
+
+    @property
+    def unfinished(self) -> str:
+        """What becomes of answers cut at the limit of tokens."""
+        return self.config.verifier.unfinished
 
     # ---- models
 
@@ -152,10 +167,20 @@ class Experiment:
         return model
 
     def load(self, folder: Path) -> nn.Module:
-        """A model that a finished phase saved."""
+        """A model that a finished phase saved; ConfigError if it is not what was saved."""
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} does not exist: run that phase first")
+        inputs.keep(self.run, self._digests(folder))
         return models.load_pretrained(folder, self.config.model.dtype).to(self.device)
+
+    def saved(self, folder: Path) -> None:
+        """A phase has saved this model: what reads it must find it so."""
+        for key, digests in self._digests(folder).items():
+            inputs.forget(self.run, key)
+            inputs.keep(self.run, {key: digests})
+
+    def _digests(self, folder: Path) -> dict[str, Digests]:
+        return {str(folder.relative_to(self.run)): model_digests(folder)}
 
     def trainable(self, model: nn.Module, *names) -> nn.Module:
         """Ready for an optimiser: with adapters where the configuration asks for LoRA."""

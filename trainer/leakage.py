@@ -1,6 +1,5 @@
 """The guard before training: are problems of the evaluation among those to train on?"""
 
-import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,7 +8,8 @@ from ipvrm_core.trainer.data.chats import by_prompt, load_chats
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.files import load_examples
 from ipvrm_core.trainer.data.overlap import overlap
-from ipvrm_core.trainer.files import write_json
+from ipvrm_core.trainer.files import read_json, write_json
+from ipvrm_core.trainer.inputs import data_inputs
 
 SHOWN = 5
 
@@ -23,7 +23,7 @@ class Problems(NamedTuple):
 
 
 def guard(config: Config, run: Path) -> None:
-    """Compare training and evaluation data once a run, keep RUN/leakage.json, print what was found.
+    """Compare training and evaluation data, once for the same files; keep RUN/leakage.json, print what was found.
 
     ConfigError when there is overlap and leakage.action is "refuse", or where "drop" would leave nothing to train on.
     Built-in tasks keep their splits apart themselves.
@@ -72,10 +72,13 @@ def left_out(config: Config, run: Path, key: str) -> frozenset[str]:
 
 
 def _report(config: Config, run: Path) -> list[dict]:
-    path = run / "leakage.json"
-    if not path.exists():
-        write_json(path, compare(config))
-    return json.loads(path.read_text())
+    """The comparison kept in RUN/leakage.json, made anew where it is of other data."""
+    path, inputs = run / "leakage.json", data_inputs(config)
+    kept = read_json(path) if path.exists() else {}
+    if kept.get("inputs") != inputs:
+        kept = {"inputs": inputs, "pairs": compare(config)}
+        write_json(path, kept)
+    return kept["pairs"]
 
 
 def compare(config: Config) -> list[dict]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ipvrm_core.trainer.files import write_text
+from ipvrm_core.trainer.files import naming, write_text
+from ipvrm_core.trainer.progress import Progress
 
 
 class MetricsLog:
@@ -37,7 +38,7 @@ class MetricsLog:
         self.file = open(self.path, "a")  # noqa: SIM115 - closed in close()
         self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
         self.wandb = wandb_run
-        self.bar = tqdm(total=total, initial=done, desc=label, disable=None, dynamic_ncols=True, unit="step")
+        self.bar = Progress(label, total, done)
         self.first = done
         self.clock = self.began = time.perf_counter()
 
@@ -48,8 +49,9 @@ class MetricsLog:
                 raise FloatingPointError(f"{self.label} step {step}: {name} is {value}")
         line = {"step": step, **numbers, "seconds": round(now - self.clock, 4), "peak_memory_mb": peak_memory_mb()}
         self.clock = now
-        self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
+        with naming(self.path):
+            self.file.write(json.dumps(line) + "\n")
+            self.file.flush()
         for name, value in line.items():
             if name != "step":
                 self.board.add_scalar(name, value, step)
@@ -63,7 +65,8 @@ class MetricsLog:
 
     def close(self) -> None:
         self.bar.close()
-        self.file.close()
+        with naming(self.path):
+            self.file.close()
         self.board.close()
 
     def __enter__(self) -> "MetricsLog":
@@ -74,11 +77,28 @@ class MetricsLog:
 
 
 def read_metrics(path: Path) -> list[dict]:
-    """All whole lines; a last line cut short by a kill is left out."""
+    """All whole lines; a last line that a kill or a full disk spoilt is left out. ValueError names any other."""
     if not path.exists():
         return []
-    text = path.read_text()
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+    data = path.read_bytes()
+    rows = data[: data.rfind(b"\n") + 1].splitlines()
+    lines = []
+    for number, row in enumerate(rows, start=1):
+        try:
+            lines.append(_line(row))
+        except ValueError as error:
+            if number == len(rows):
+                tqdm.write(f"{path}, line {number}: the last line is damaged and left out")
+                break
+            raise ValueError(f"{path}, line {number}: not a line of metrics: {error}") from None
+    return lines
+
+
+def _line(row: bytes) -> dict:
+    line = json.loads(row)
+    if not (isinstance(line, dict) and isinstance(line.get("step"), int)):
+        raise ValueError(f"an object with a step was expected; got {line!r}")
+    return line
 
 
 def peak_memory_mb() -> float:

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ipvrm_core import linear_logprobs
 from ipvrm_core.trainer.config import Lora, Model, Scratch
-from ipvrm_core.trainer.files import write_folder
+from ipvrm_core.trainer.files import read_tensors, write_folder
 
 
 def character_tokenizer(alphabet: str):
@@ -79,7 +80,17 @@ def build_scratch(scratch: Scratch, tokenizer) -> nn.Module:
 
 
 def load_pretrained(path: str | Path, dtype: str = "float32", gguf_file: str | None = None) -> nn.Module:
-    """A causal language model; a GGUF file is dequantised into dense weights that can be trained and saved."""
+    """A causal language model; a GGUF file is dequantised into dense weights that can be trained and saved.
+
+    ValueError names a model whose weights are damaged.
+    """
+    try:
+        return _load_pretrained(path, dtype, gguf_file)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: its weights are damaged: {error}") from error
+
+
+def _load_pretrained(path: str | Path, dtype: str, gguf_file: str | None) -> nn.Module:
     from transformers import AutoModelForCausalLM, GgufConfig
     from transformers.utils import cached_file
 
@@ -88,7 +99,7 @@ def load_pretrained(path: str | Path, dtype: str = "float32", gguf_file: str | N
         model = AutoModelForCausalLM.from_pretrained(path, **settings)
         saved = cached_file(path, VALUE_HEAD, _raise_exceptions_for_missing_entries=False)  # folder or hub name
         if saved:
-            add_value_head(model).load_state_dict(load_file(saved))
+            add_value_head(model).load_state_dict(read_tensors(Path(saved)))
         return model
     _check_gguf(gguf_file)
     quantization = GgufConfig(dequantize=True)
@@ -98,6 +109,16 @@ def load_pretrained(path: str | Path, dtype: str = "float32", gguf_file: str | N
     # The weights are dense now, but the model still calls itself quantised and would refuse to be saved.
     model.hf_quantizer, model.is_quantized = None, False
     return model
+
+
+def positions(model: Model) -> int | None:
+    """Tokens that the model has positions for, without loading its weights; None where it does not say."""
+    if model.scratch:
+        return model.scratch.context
+    from transformers import AutoConfig
+
+    extra = {"gguf_file": model.gguf_file} if model.gguf_file else {}
+    return getattr(AutoConfig.from_pretrained(model.path, **extra).get_text_config(), "max_position_embeddings", None)
 
 
 def start_model(model: Model, tokenizer) -> nn.Module:

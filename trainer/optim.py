@@ -134,11 +134,13 @@ def learning_rate(optim: Optim, step: int, total: int) -> float:
 
 
 def apply_step(optimizer: torch.optim.Optimizer, optim: Optim, step: int, total: int) -> float:
-    """Clip, step, clear; returns the gradient norm before clipping."""
+    """Clip, step, clear; returns the gradient norm before clipping. FloatingPointError, and no step, if it is none."""
     parameters: Iterable[nn.Parameter] = optimizer.param_groups[0]["params"]
     limit = optim.grad_clip if optim.grad_clip is not None else math.inf
-    norm = nn.utils.clip_grad_norm_(parameters, limit, error_if_nonfinite=True)
+    norm = nn.utils.clip_grad_norm_(parameters, limit).item()
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"the norm of the gradient is {norm}")
     optimizer.param_groups[0]["lr"] = learning_rate(optim, step, total)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return norm.item()
+    return norm

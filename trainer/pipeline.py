@@ -1,7 +1,6 @@
 """The chain of phases of one experiment, each in its own process, independent ones side by side."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -9,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ipvrm_core.trainer.config import Config
+from ipvrm_core.trainer.ending import GRACE_SECONDS
 
 STATUS_SECONDS = 20
 
@@ -46,7 +46,6 @@ def run(config: Config, run_folder: Path, parallel: int) -> None:
 
     Each job's output goes to RUN/logs/<job>.txt; the newest line of every running job is shown from time to time.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that `finally` below ends the phases too
     pending = jobs_of(config)
     total = len(pending)
     finished: set[str] = set()
@@ -82,8 +81,19 @@ def run(config: Config, run_folder: Path, parallel: int) -> None:
                     flush=True,
                 )
     finally:
-        for process, _ in running.values():
-            process.terminate()
+        _end([process for process, _ in running.values()])
+
+
+def _end(processes: list[subprocess.Popen]) -> None:
+    """Give each the time to write a checkpoint."""
+    for process in processes:
+        process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS + 5
+    for process in processes:
+        try:
+            process.wait(max(0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
             process.wait()
 
 
@@ -97,6 +107,7 @@ def _start(job: Job, run_folder: Path, logs: Path, parallel: int) -> subprocess.
         sys.executable,
         "-m",
         "ipvrm_core.trainer.cli",
+        "--with-parent",
         *job.words,
         str(run_folder / "config.json"),
         "--run",
@@ -104,6 +115,5 @@ def _start(job: Job, run_folder: Path, logs: Path, parallel: int) -> subprocess.
         "--resume",
     ]
     with open(logs / f"{job.key}.txt", "a") as log:
-        return subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env={**os.environ, "OMP_NUM_THREADS": threads}
-        )
+        environment = {**os.environ, "OMP_NUM_THREADS": threads}
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=subprocess.STDOUT, env=environment)

@@ -1,5 +1,6 @@
 """A problem as the token ids of a prompt."""
 
+from ipvrm_core.trainer.chat_template import render_chat
 from ipvrm_core.trainer.data.example import Example
 
 
@@ -16,5 +17,5 @@ def encode_prompt(tokenizer, example: Example, system_prompt: str | None = None)
         return tokenizer(messages[0]["content"])["input_ids"]
     if system_prompt and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": system_prompt})
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = render_chat(tokenizer, messages, f"example {example.id}", add_generation_prompt=True)
     return tokenizer(text, add_special_tokens=False)["input_ids"]

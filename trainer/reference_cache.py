@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.experiment import Experiment
-from ipvrm_core.trainer.files import write_file
+from ipvrm_core.trainer.files import read_tensors, write_file
 from ipvrm_core.trainer.reward import sampled_logprobs
 
 FORMAT = 1  # goes into the key: a change in what is stored makes old files unused, never wrong
@@ -27,12 +27,12 @@ def reference_logprobs(experiment: Experiment, model: nn.Module, answers: Sequen
     path = folder / f"reference-{cache_key(experiment, model, answers)}.safetensors"
     count = sum(len(answer.response_ids) for answer in answers)
     if path.exists():
-        logprobs_N = load_file(path)["logprobs"]
+        logprobs_N = read_tensors(path)["logprobs"]
         if logprobs_N.shape != (count,):
             raise ValueError(f"{path} must hold {count} log-probs; got {tuple(logprobs_N.shape)}. Delete it")
         tqdm.write(f"reference log-probs of {len(answers)} answers read from {path}")
         return logprobs_N
-    logprobs_N = sampled_logprobs(experiment, model.eval(), answers).float().cpu()
+    logprobs_N = sampled_logprobs(experiment, model.eval(), answers, "reference log-probs").float().cpu()
     if not logprobs_N.isfinite().all():
         raise ValueError("the reference gives a token of the data probability 0: its log-ratio is infinite")
     folder.mkdir(parents=True, exist_ok=True)

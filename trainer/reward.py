@@ -13,9 +13,12 @@ from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.models import head_of, value_scores
 
 
-def sampled_logprobs(experiment: Experiment, model: nn.Module, answers: Sequence[Answer]) -> Tensor:
+def sampled_logprobs(
+    experiment: Experiment, model: nn.Module, answers: Sequence[Answer], label: str | None = None
+) -> Tensor:
     """log p(y_t | s_t) of all response tokens at the sampling temperature, packed [N], no gradient."""
-    return map_rows(model, answers, experiment.config.micro_batch_tokens, _logprobs(experiment, model))[0]
+    limit = experiment.config.micro_batch_tokens
+    return map_rows(model, answers, limit, _logprobs(experiment, model), label=label)[0]
 
 
 def _logprobs(experiment: Experiment, model: nn.Module):

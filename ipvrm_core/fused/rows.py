@@ -3,8 +3,6 @@
 Shape letters: n rows of a chunk, V vocabulary, K ids a row, k candidate slots of the search.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -105,16 +103,16 @@ class TorchRows:
         return dx_nV if slope_nV is None else dx_nV.mul_(slope_nV)
 
     def candidates(
-        self, rows: slice, x_nV: Tensor, sampled_n: Tensor, k: int, p_min: float, strict: bool
+        self, rows: slice, x_nV: Tensor, sampled_n: Tensor, k: int, threshold: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(ids [n, k] ascending, < 0 where no member; log p [n, k]; sampled log p [n]; entropy [n]).
 
-        At most floor(1 / P_min) = k tokens can have probability >= P_min, and they are the most probable ones: a top-k
-        of each row holds them all.
+        Members have log p >= threshold. At most k tokens can, and they are the most probable ones: a top-k of each row
+        holds them all.
         """
         self.transform.rows(rows).apply_(x_nV)
         likely_nk = x_nV.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
         softmax = row_softmax_(x_nV, self.scratch, torch.cat([likely_nk, sampled_n[:, None]], dim=1))
-        logp_nk, threshold = softmax.logprobs_NK[:, :k], math.log(p_min)
-        member_nk = logp_nk > threshold if strict else logp_nk >= threshold
+        logp_nk = softmax.logprobs_NK[:, :k]
+        member_nk = logp_nk >= threshold
         return likely_nk.masked_fill(~member_nk, -1), logp_nk, softmax.logprobs_NK[:, k], softmax.entropy_N

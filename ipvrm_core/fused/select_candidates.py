@@ -14,14 +14,15 @@ from torch import Tensor
 from ipvrm_core.fused.head import wide_dtype
 from ipvrm_core.fused.rows import row_work
 from ipvrm_core.fused.transform import LogitTransform
+from ipvrm_core.reference.candidates import candidate_slots, log_threshold
 
 _NO_ID = torch.iinfo(torch.int64).max  # sorts behind every token id
 
 
-def candidate_slots(p_min: float, vocabulary: int, top_k: int | None, keep_sampled: bool) -> tuple[int, int]:
+def _slots(p_min: float, vocabulary: int, top_k: int | None, keep_sampled: bool) -> tuple[int, int]:
     """(k, K): how many tokens can reach P_min, and the width of the result. Both at most V."""
-    members = min(math.floor(1 / p_min * (1 + 1e-12)), vocabulary)  # 1 / (1/3) may come out a hair under 3
-    return members, min((members if top_k is None else min(members, top_k)) + keep_sampled, vocabulary)
+    found, given = candidate_slots(p_min), candidate_slots(p_min, top_k=top_k, keep_sampled=keep_sampled)
+    return min(found, vocabulary), min(given, vocabulary)
 
 
 @torch.library.custom_op("ipvrm::select_candidates", mutates_args=())
@@ -47,14 +48,16 @@ def select_candidates(
     bool. The rule is that of reference.candidates. No gradient.
     """
     work = row_work(triton, hidden, weight, bias, LogitTransform(temperature, temperatures, softcap), max_buffer_bytes)
-    k, K = candidate_slots(p_min, work.head.V, top_k, keep_sampled)
+    k, K = _slots(p_min, work.head.V, top_k, keep_sampled)
     N, wide = work.head.N, work.head.wide
     ids_NS = sampled_ids.new_empty(N, 1 + K)
     logprobs_NS = hidden.new_empty(N, 1 + K, dtype=wide)
     entropy_N = hidden.new_empty(N, dtype=wide)
     ids_NS[:, 0] = sampled_ids
     for rows, x_nV in work.head.chunks():
-        ids_nk, logp_nk, sampled_n, entropy_N[rows] = work.candidates(rows, x_nV, sampled_ids[rows], k, p_min, strict)
+        ids_nk, logp_nk, sampled_n, entropy_N[rows] = work.candidates(
+            rows, x_nV, sampled_ids[rows], k, log_threshold(p_min, strict)
+        )
         forced_n1 = sampled_ids[rows, None] if keep_sampled else None
         ids_nk, logp_nk = _finish_rule(
             ids_nk, logp_nk, top_k, forced_n1, sampled_n, None if exclude is None else exclude[rows, None]
@@ -90,7 +93,7 @@ def _finish_rule(
 @select_candidates.register_fake
 def _(hidden, weight, bias, sampled_ids, exclude, p_min, strict, top_k, keep_sampled, *settings):
     N, V = hidden.shape[0], (hidden.shape[1] if weight is None else weight.shape[0])
-    K = candidate_slots(p_min, V, top_k, keep_sampled)[1]
+    K = _slots(p_min, V, top_k, keep_sampled)[1]
     ids_NS, counts_N = sampled_ids.new_empty(N, 1 + K), sampled_ids.new_empty(N)
     logprobs_NS = hidden.new_empty(N, 1 + K, dtype=wide_dtype(hidden, weight, bias))
     return ids_NS, logprobs_NS, counts_N, logprobs_NS.new_empty(N)

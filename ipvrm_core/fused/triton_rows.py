@@ -93,9 +93,9 @@ class TritonRows:
         return metrics_nM, target_nV
 
     def candidates(
-        self, rows: slice, x_nV: Tensor, sampled_n: Tensor, k: int, p_min: float, strict: bool
+        self, rows: slice, x_nV: Tensor, sampled_n: Tensor, k: int, threshold: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         ids_nk, logp_nk, _, sampled_n, entropy_n = candidate_rows(
-            x_nV, sampled_n, k, p_min=p_min, strict=strict, **self._options(rows)
+            x_nV, sampled_n, k, threshold=threshold, **self._options(rows)
         )
         return ids_nk, logp_nk, sampled_n, entropy_n

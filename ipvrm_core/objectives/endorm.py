@@ -15,9 +15,11 @@ class Endorm(Objective):
 
     Source: Li et al., "Generalist Reward Models: Found Inside Large Language Models" (2506.23235). Their token reward
     (eq. 12) is alpha log pi(y_t|s_t) + V(s_t) - V(s_{t+1}), V = alpha LSE of the logits: the logits as a soft Q, and
-    alpha log pi(v|s_t) = Q - V its advantage, known for the whole vocabulary. The V terms cancel in a sum up to
-    V(s_1), a constant of the prompt, and are left out. `decay` (0.95 as a baseline in the IPVRM paper) enters the
-    scores of answers and steps only; for the policy's returns set method.gamma.
+    alpha log pi(v|s_t) = Q - V its advantage, known for the whole vocabulary. The V terms are left out here. In the
+    plain sum over a whole answer that takes away V(s_1) alone, a constant of the prompt. In the score of a step, a
+    prefix or one token, and in any sum with decay < 1, they do not cancel: what is scored there is the log-probability.
+    `decay` (0.95 as a baseline in the IPVRM paper) enters the scores of answers and steps only; for the policy's
+    returns set method.gamma.
     """
 
     name: ClassVar[str] = "endorm"

@@ -35,9 +35,10 @@ def select_candidates(
     results.
 
     strict: > instead of >=. top_k: only the k most probable members, the smaller id first among equals. keep_sampled:
-    the sampled token is a member whatever its probability. exclude [N] bool: rows with an empty set. temperature: a
-    number, or one a row [N]; softcap c: the logits are first c tanh(x / c).
-    Whether a probability within rounding of P_min is a member is decided here, once: store the set.
+    the sampled token is a member whatever its probability (an id < 0 is none). exclude [N] bool: rows with an empty
+    set. temperature: a number, or one a row [N]; softcap c: the logits are first c tanh(x / c).
+    A probability within 1e-5 of P_min, relatively, counts as equal to it: a member, and with strict none. Logits that
+    come from another product or dtype may differ by more and decide otherwise: store the set.
 
     max_buffer_bytes bounds the private [rows, V] buffers, one row at least; None is the device's default.
     Raises ValueError for wrong shapes, dtypes or devices, p_min outside (0, 1], top_k < 0, temperature <= 0 and, on

@@ -11,9 +11,10 @@ from ipvrm_core.types import LogProbs
 
 
 def head_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
-    """z = h W^T + b: [N, D], [V, D], [V] -> [N, V], accumulated in float32 (float64 stays float64)."""
+    """z = h W^T + b: [N, D], [V, D], [V] -> [N, V], in float32 under autocast too (float64 stays float64)."""
     wide = torch.promote_types(hidden_ND.dtype, torch.float32)
-    logits_NV = einsum(hidden_ND.to(wide), weight_VD.to(wide), "n d, v d -> n v")
+    with torch.autocast(hidden_ND.device.type, enabled=False):
+        logits_NV = einsum(hidden_ND.to(wide), weight_VD.to(wide), "n d, v d -> n v")
     return logits_NV if bias_V is None else logits_NV + bias_V.to(wide)
 
 

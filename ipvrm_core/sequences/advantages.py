@@ -81,10 +81,7 @@ def outcome_advantages(rewards_B: Tensor, groups_B: Groups, process_group=None) 
     """
     rewards, groups, own = gather(_floating(rewards_B), groups_B, process_group)
     mean, std = moments_within(rewards, groups)
-    # Equal rewards are found by comparing them: the mean of equal floats may round, and the std is then tiny, not 0.
-    index = groups.unique(return_inverse=True)[1]
-    least = torch.zeros_like(rewards).scatter_reduce(0, index, rewards, "amin", include_self=False)[index]
-    uniform = moments_within(rewards - least, groups)[0] == 0
+    uniform = std == 0
     return torch.where(uniform, 0.0, (rewards - mean) / torch.where(uniform, 1.0, std))[own]
 
 
@@ -103,8 +100,9 @@ def _floating(rewards_B: Tensor) -> Tensor:
 def _group_sums(x_B: Tensor, groups_B: Tensor) -> tuple[Tensor, Tensor]:
     """Sum and size of each element's group: [B] -> [B], [B]."""
     index_B = groups_B.unique(return_inverse=True)[1]
-    size_G = index_B.bincount().to(x_B.dtype)
-    return torch.zeros_like(size_G).index_add(0, index_B, x_B)[index_B], size_G[index_B]
+    size_G = index_B.bincount().to(torch.promote_types(x_B.dtype, torch.float32))
+    total_G = torch.zeros_like(size_G).index_add(0, index_B, x_B.to(size_G.dtype))
+    return total_G[index_B].to(x_B.dtype), size_G[index_B].to(x_B.dtype)
 
 
 def group_normalize(x_N: Tensor, cu_seqlens: Tensor, groups_B: Groups, eps: float = 1e-6, process_group=None) -> Tensor:

@@ -245,7 +245,7 @@ def test_an_id_beyond_the_vocabulary_shows(device):
     assert not metrics[1:].isnan().any()
     logprobs, *_ = row_logprobs(x, torch.tensor([[V], [V + 10**9]] * 3, device=device))
     assert logprobs.isnan().all()
-    sampled = candidate_rows(x, torch.full((N,), V, device=device), 10, p_min=0.1)[3]
+    sampled = candidate_rows(x, torch.full((N,), V, device=device), 10, threshold=math.log(0.1))[3]
     assert sampled.isnan().all()
 
 
@@ -255,7 +255,9 @@ def test_an_id_beyond_the_vocabulary_shows(device):
 def test_candidates(p_min, kind, V, device):
     slots = min(V, math.floor(1 / p_min))
     x, sampled = make_logits(kind, V, device), make_ids(V, device)[:, 0]
-    ids, logprobs, counts, sampled_logprobs, entropy = candidate_rows(x, sampled, slots, p_min=p_min)
+    ids, logprobs, counts, sampled_logprobs, entropy = candidate_rows(
+        x, sampled, slots, threshold=ref_candidates.log_threshold(p_min)
+    )
     same, truth = reference(lambda z: ref_candidates.select_candidates_from_logits(z, sampled.cpu(), p_min), x)
     assert torch.equal(ids.cpu(), truth.ids_NS[:, 1:])
     assert torch.equal(counts.cpu(), truth.counts_N)
@@ -271,17 +273,19 @@ def test_candidates_at_the_borders_of_blocks(device):
     members = [0, 127, 128, 255, 256, 511, 512, 640, 767, V - 1]
     x[0, members] = 0.0
     x[2, :5] = 5.0
-    ids, _, counts, *_ = candidate_rows(x.to(device), torch.zeros(3, dtype=torch.int64, device=device), 20, p_min=0.05)
+    ids, _, counts, *_ = candidate_rows(
+        x.to(device), torch.zeros(3, dtype=torch.int64, device=device), 20, threshold=math.log(0.05)
+    )
     assert ids[0].tolist() == members + [-1] * 10
     assert counts.tolist() == [10, 0, 5]
 
 
-@pytest.mark.parametrize(("strict", "count"), [(False, 1), (True, 0)])
-def test_a_probability_equal_to_the_threshold(strict, count, device):
-    """p = 1 and P_min = 1 are exact in every arithmetic."""
+@pytest.mark.parametrize(("threshold", "count"), [(0.0, 1), (1e-5, 0)])
+def test_a_probability_equal_to_the_threshold(threshold, count, device):
+    """log p = 0 is exact in every arithmetic."""
     x = torch.full((1, 300), -math.inf)
     x[0, 130] = 3.0
-    _, _, counts, *_ = candidate_rows(x.to(device), torch.tensor([130], device=device), 1, p_min=1.0, strict=strict)
+    _, _, counts, *_ = candidate_rows(x.to(device), torch.tensor([130], device=device), 1, threshold=threshold)
     assert counts.item() == count
 
 
@@ -294,7 +298,7 @@ def test_more_members_than_slots_stay_within_the_row(device):
     tensors = (None, ids, logprobs, count, sampled[:1], sampled[1:])
     candidate_rows_kernel[(1,)](
         x.to(device), 300, 300, 2, torch.zeros_like(count), *tensors, 1.0, 1.0, math.log(0.1),
-        BLOCK=128, BLOCKS=4, PART=128, BLOCK_K=2, CAPPED=False, ROW_TEMPERATURE=False, STRICT=False,
+        BLOCK=128, BLOCKS=4, PART=128, BLOCK_K=2, CAPPED=False, ROW_TEMPERATURE=False,
     )  # fmt: skip
     assert ids.tolist() == [3, 50, 7, 7, 7, 7, 7, 7]
     assert (logprobs[2:] == 7).all()
@@ -353,12 +357,14 @@ def test_the_same_bits_twice(device):
     runs = []
     for _ in range(2):
         out = torch.empty_like(x)
-        runs.append([run_policy(x, out, batch), out, *candidate_rows(x, batch.ids_NS[:, 0], 10, p_min=0.1)])
+        runs.append(
+            [run_policy(x, out, batch), out, *candidate_rows(x, batch.ids_NS[:, 0], 10, threshold=math.log(0.1))]
+        )
     assert all(map(torch.equal, *runs))
 
 
 def test_no_rows(device):
     x, ids = torch.empty(0, 50, device=device), torch.empty(0, K, dtype=torch.int64, device=device)
     assert [tuple(y.shape) for y in row_logprobs(x, ids)] == [(0, K), (0,), (0,), (0, 2)]
-    assert [len(y) for y in candidate_rows(x, ids[:, 0], 10, p_min=0.1)] == [0] * 5
+    assert [len(y) for y in candidate_rows(x, ids[:, 0], 10, threshold=math.log(0.1))] == [0] * 5
     rescale(x, torch.ones((), device=device))

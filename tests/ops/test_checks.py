@@ -1,6 +1,7 @@
 """What the public functions refuse, and with which words."""
 
-from dataclasses import replace
+import math
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -103,6 +104,13 @@ def test_values_on_a_gpu_are_checked_on_demand(head):
 def test_td_errors_refuse(head):
     with pytest.raises(ValueError, match=r"old_logprobs must be floating point \[N, S\] = \(4, 2\); got .* \(4, 3\)"):
         ic.linear_td_errors(*head, IDS, torch.zeros(N, 3), 10.0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("name", [field.name for field in fields(ic.PolicyLossConfig)])
+def test_settings_that_are_no_numbers_are_refused(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .*; got {value}"):
+        ic.PolicyLossConfig(**{name: value})
 
 
 def test_two_temperatures_are_refused(head, batch):

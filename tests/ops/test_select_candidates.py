@@ -59,7 +59,7 @@ def test_logit_options(temperature, softcap):
     temperature = torch.linspace(0.5, 1.5, len(sampled)) if temperature == "rows" else temperature
     got, want = (
         ic.select_candidates(
-            hidden, weight, sampled, 0.03, bias=bias, temperature=temperature, softcap=softcap, backend=backend
+            hidden, weight, sampled, 0.04, bias=bias, temperature=temperature, softcap=softcap, backend=backend
         )
         for backend in ("auto", "reference")
     )
@@ -106,13 +106,30 @@ def test_equal_probabilities_at_scale():
         assert_same(got, want, 2e-5)
 
 
-@pytest.mark.parametrize(("strict", "count"), [(False, 4), (True, 0)])
-def test_threshold_met_exactly(strict, count):
-    """In torch; whether the logarithm of a GPU rounds the same way is left open (the set is stored, not made again)."""
-    got = ic.select_candidates_from_logits(
-        torch.zeros(3, 4), torch.zeros(3, dtype=torch.int64), 0.25, strict=strict, backend="chunked"
-    )
-    assert got.counts_N.tolist() == [count] * 3
+@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_threshold_met_exactly(dtype, backend):
+    """n equal tokens and P_min = 1/n, where rounding would decide: all of them are members, and with strict none."""
+    for n in (1, 3, 6, 7, 10, 13, 127):
+        logits = torch.full((2, n + 2), -math.inf, dtype=dtype)
+        logits[0, :n], logits[1, 2:] = 7.3, -41.7
+        for strict in (False, True):
+            got = ic.select_candidates_from_logits(
+                logits, torch.zeros(2, dtype=torch.int64), 1 / n, strict=strict, temperature=0.7, backend=backend
+            )
+            assert got.counts_N.tolist() == ([0, 0] if strict else [n, n]), n
+            if not strict:
+                assert got.ids_NK.tolist() == [list(range(n)), list(range(2, n + 2))]
+
+
+@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
+def test_padding_as_the_sampled_token(backend):
+    """keep_sampled has nothing to keep there."""
+    logits = torch.tensor([[3.0, 2.9, -5.0], [9.0, 0.0, 0.0]])
+    got = ic.select_candidates_from_logits(logits, torch.tensor([-1, 1]), 0.4, keep_sampled=True, backend=backend)
+    assert got.ids_NK.tolist() == [[0, 1, -1], [0, 1, -1]]
+    assert got.counts_N.tolist() == [2, 2]
+    assert got.sampled_logprobs_N[0] == 0
 
 
 def test_p_min_one_keeps_certain_tokens_only():

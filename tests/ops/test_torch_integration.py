@@ -109,6 +109,17 @@ def test_autocast_changes_nothing():
     assert all(torch.equal(one, other) for one, other in zip(plain, inside, strict=True))
 
 
+def test_the_reference_leaves_autocast_too():
+    """Its products are float32 inside the region; the backward belongs outside, as always in torch."""
+    hidden, weight, batch = inputs()
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = ic.distrl_loss(hidden, weight, batch, CONFIG, backend="reference").loss
+        results.append([loss, *torch.autograd.grad(loss, [hidden, weight])])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
 class LargestTensor(TorchDispatchMode):
     """Numel of the largest tensor that any operation returns."""
 

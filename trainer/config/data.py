@@ -1,13 +1,12 @@
 """Where prompts, answers and chats come from."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from ipvrm_core.trainer.benchmarks import PRESETS, preset_settings
 from ipvrm_core.trainer.config.base import Positive, Section
-from ipvrm_core.trainer.data.files import SUFFIXES
+from ipvrm_core.trainer.data.files import SUFFIXES, compiled, data_suffix
 from ipvrm_core.trainer.data.tasks import make_task
 
 
@@ -45,6 +44,7 @@ class Source(Section):
             raise ValueError(f"exactly one of task and path must be set; got task={self.task!r}, path={self.path!r}")
         if self.task:
             make_task(self.task, **self.task_args)  # raises for an unknown task or difficulty
+        compiled(self.answer_pattern)
         return self
 
 
@@ -86,7 +86,7 @@ class Chats(Section):
                 "validation must be 0 or left out where validation_path is set, which is validated on whole; "
                 f"got {self.validation}"
             )
-        if Path(self.validation_path).suffix not in SUFFIXES:
+        if data_suffix(self.validation_path) is None:
             raise ValueError(f"validation_path must be a {', '.join(SUFFIXES)} file; got {self.validation_path!r}")
         self.__dict__["validation"] = 0.0  # resolved: what config.json shows is what runs
         return self

@@ -36,10 +36,26 @@ class Verifier(Section):
     """Who decides whether an answer is right."""
 
     kind: str = Field(
-        "math", pattern=r"^(exact|math|[\w.]+:\w+)$", description="exact | math | package.module:function"
+        "math",
+        pattern=r"^(exact|math|boxed|[\w.]+:\w+)$",
+        description="exact | math | boxed (math on the last \\boxed{} alone) | package.module:function (is imported)",
     )
-    timeout_s: PositiveFloat = 5.0
-    workers: Positive = 2
+    unfinished: Literal["judge", "wrong"] = Field(
+        "judge", description="answers cut at max_new_tokens: judge them as they are, or count them wrong unseen"
+    )
+    max_errors: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.05, description="share of answers that may stay without a verdict (time-outs, errors) before a phase stops"
+    )
+    timeout_s: Annotated[PositiveFloat, Field(le=86400)] = 5.0
+    memory_gib: Annotated[PositiveFloat, Field(le=2**20)] = Field(
+        2.0, description="what one worker may take besides its imports (Linux)"
+    )
+    workers: Annotated[Positive, Field(le=1024)] = 2
+
+    @property
+    def limits(self) -> dict:
+        """Of the worker processes."""
+        return {name: getattr(self, name) for name in ("timeout_s", "memory_gib", "workers")}
 
 
 class Leakage(Section):

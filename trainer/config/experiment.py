@@ -1,5 +1,6 @@
 """A whole experiment: every section, and the combinations that cannot be."""
 
+import re
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -11,6 +12,8 @@ from ipvrm_core.trainer.config.model import Model
 from ipvrm_core.trainer.config.policy import Rl
 from ipvrm_core.trainer.config.reward_model import RewardModel
 from ipvrm_core.trainer.config.training import Generation, Rollout, Sft
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
 class Config(Section):
@@ -33,6 +36,7 @@ class Config(Section):
     leakage: Leakage = Leakage()
     micro_batch_tokens: Positive = Field(16384, description="padded tokens per forward/backward pass")
     checkpoint_every: Positive = Field(20, description="steps between checkpoints of a training phase")
+    keep_checkpoints: Positive = Field(2, description="of a training phase; a damaged one is passed over")
     wandb: bool = Field(False, description="also log to Weights & Biases (the package must be installed)")
 
     @property
@@ -80,8 +84,11 @@ class Config(Section):
             if rl.reward_model:
                 self._check_use(name, rl)
         for name in [*self.rm, *self.rl]:
-            if not name.replace("_", "").replace("-", "").isalnum():
-                raise ValueError(f"names of reward models and policy runs become folders; got {name!r}")
+            if not NAME.fullmatch(name):
+                raise ValueError(
+                    "names of reward models and policy runs become folders and words of a command line: at most 64 "
+                    f"letters (a-z, A-Z), digits, - and _, the first a letter or digit; got {name[:80]!r}"
+                )
         if "start" in self.rl:
             raise ValueError("rl.start must have another name: the evaluation calls the starting policy so")
         if self.task and self.eval.benchmarks:

@@ -10,12 +10,16 @@ from ipvrm_core.reference.candidates import candidate_slots
 from ipvrm_core.trainer.config.base import Positive, Section, checked
 from ipvrm_core.trainer.config.training import Optim
 
+MOST = 1_000_000  # prompts, answers to one, candidates
+
 
 class RlRewardModel(Section):
     """How an RL run uses a reward model."""
 
     name: str = Field(description="a key of the `rm` table")
-    update: Literal["none", "before", "after"] = Field("before", description="relative to scoring the batch")
+    update: Literal["none", "before", "after"] = Field(
+        "before", description="relative to scoring the batch: with before, the updated model scores it"
+    )
     optim: Optim = Optim(lr=1e-4)
     batch: Positive = Field(64, description="sequences per reward-model step")
 
@@ -30,6 +34,9 @@ class Rl(Section):
     epochs: Positive = Field(1, description="passes over a batch of rollouts")
     minibatch: Positive = Field(256, description="sequences per policy step")
     max_rounds: Positive = Field(4, description="sampling rounds at most, when too few prompts are mixed")
+    max_skipped: Positive = Field(
+        5, description="a step without any mixed prompt is skipped; after so many in a row training ends early"
+    )
     kl_coef: Annotated[float, Field(ge=0)] = 0.0
     entropy_coef: Annotated[float, Field(ge=0)] = 0.0
     optim: Optim = Optim(lr=1e-6)
@@ -37,6 +44,7 @@ class Rl(Section):
     @model_validator(mode="after")
     def _method_is_possible(self):
         preset = self.resolved()
+        self._check_sizes(preset)
         if not 1 <= preset.keep_prompts <= preset.prompts:
             raise ValueError(f"keep_prompts must be in 1 .. prompts = {preset.prompts}; got {preset.keep_prompts}")
         if preset.rollouts < 2:
@@ -46,10 +54,18 @@ class Rl(Section):
                 raise ValueError(f"method.{name} belongs to the reward model: set it in rm.<name>.args")
         self._check_estimator(preset)
         self._check_accuracy_range(preset)
-        preset.loss_config()
-        candidate_slots(preset.p_min, top_k=preset.top_k)  # raises for a rule that cannot be
+        preset.loss_config(kl_coef=self.kl_coef, entropy_coef=self.entropy_coef)
         self.__dict__["method"] = asdict(preset)  # resolved: what config.json shows is what runs
         return self
+
+    def _check_sizes(self, preset: Preset) -> None:
+        """ValueError for a rule that cannot be, and for sizes that are a slip of the finger."""
+        if 0 < preset.p_min < 1 / MOST:
+            raise ValueError(f"method.p_min must be at least {1 / MOST:g}; got {preset.p_min}")
+        candidate_slots(preset.p_min, top_k=preset.top_k)
+        for name in ("prompts", "rollouts"):
+            if getattr(preset, name) > MOST:
+                raise ValueError(f"method.{name} must be at most {MOST}; got {getattr(preset, name)}")
 
     def _check_estimator(self, preset: Preset) -> None:
         """ValueError for settings that the estimator could not follow."""

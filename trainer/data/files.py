@@ -1,13 +1,15 @@
 """Reads examples from JSONL, JSON and Parquet files and from the Hugging Face hub, with named columns."""
 
+import gzip
 import json
 import logging
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from ipvrm_core.trainer.data.example import Example
 
@@ -15,6 +17,7 @@ _log = logging.getLogger(__name__)
 
 ROLES = ("prompt", "answer", "solution", "id")
 SUFFIXES = (".jsonl", ".json", ".parquet")  # of files; anything else is a name for `datasets`
+PACKED = ".gz"  # behind the first two; large and small letters are the same
 
 
 def load_examples(
@@ -31,8 +34,8 @@ def load_examples(
 ) -> list[Example]:
     """The rows of a data set as examples, in its order.
 
-    path_or_name     a .jsonl, .json (a list of objects) or .parquet file; anything else is what `datasets.load_dataset`
-                     takes, a hub name or a folder.
+    path_or_name     a .jsonl, .json (a list of objects) or .parquet file, the first two also as .gz; anything else is
+                     what `datasets.load_dataset` takes, a hub name or a folder.
     split, config    split and configuration of a hub data set; the split is required there, and a file takes neither.
     columns          role -> column. Roles: "prompt" (required), "answer" (left out: ""), "solution" (left out: None),
                      "id" (left out: file name and row number). Dots reach into nested columns, as in
@@ -49,8 +52,8 @@ def load_examples(
     """
     columns = {"prompt": "prompt", "answer": "answer"} if columns is None else dict(columns)
     _check_arguments(columns, prompt_template, limit)
-    pattern = _compiled(answer_pattern)
-    source = Path(path_or_name).stem
+    pattern = compiled(answer_pattern)
+    source = data_stem(path_or_name)
     examples, dropped = [], 0
     for index, row in enumerate(read_rows(path_or_name, split, config, limit)):
         where = f"{path_or_name}, row {index}"
@@ -94,13 +97,31 @@ def _check_arguments(columns: Mapping[str, Any], prompt_template: str | None, li
         raise ValueError(f"limit must be at least 1; got {limit}")
 
 
-def _compiled(answer_pattern: str | None) -> re.Pattern[str] | None:
+def compiled(answer_pattern: str | None) -> re.Pattern[str] | None:
+    """ValueError for what is no regular expression, or has no group."""
     if answer_pattern is None:
         return None
-    pattern = re.compile(answer_pattern)
+    try:
+        pattern = re.compile(answer_pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"answer_pattern must be a regular expression: {error}; got {answer_pattern!r}") from None
     if pattern.groups < 1:
         raise ValueError(f"answer_pattern must have a group around the answer; got {answer_pattern!r}")
     return pattern
+
+
+def data_suffix(path: str | Path) -> str | None:
+    """Which of SUFFIXES a name has, None for any other: ".jsonl" of "a.jsonl", "A.JSONL" and "a.jsonl.gz"."""
+    name = Path(path).name.lower()
+    packed = name.endswith(PACKED)
+    suffix = Path(name.removesuffix(PACKED)).suffix
+    return suffix if suffix in SUFFIXES[: 2 if packed else 3] else None
+
+
+def data_stem(path: str | Path) -> str:
+    """A data file's name without its suffixes."""
+    path = Path(path)
+    return Path(path.stem).stem if path.suffix.lower() == PACKED else path.stem
 
 
 def read_rows(
@@ -112,7 +133,7 @@ def read_rows(
 
 def _rows(path_or_name: str | Path, split: str | None, config: str | None) -> Iterable[dict[str, Any]]:
     path = Path(path_or_name)
-    reader = dict(zip(SUFFIXES, (_jsonl_rows, _json_rows, _parquet_rows), strict=True)).get(path.suffix)
+    reader = dict(zip(SUFFIXES, (_jsonl_rows, _json_rows, _parquet_rows), strict=True)).get(data_suffix(path))
     if reader is None:
         return _hub_rows(str(path_or_name), split, config)
     if split is not None or config is not None:
@@ -125,25 +146,47 @@ def _rows(path_or_name: str | Path, split: str | None, config: str | None) -> It
 
 
 def _jsonl_rows(path: Path) -> Iterable[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{path}, line {number}: not JSON: {error}") from error
-            yield _as_row(row, f"{path}, line {number}")
+    with _open(path) as file:
+        for number, line in enumerate(_lines(file, path), start=1):
+            where = f"{path}, line {number}"
+            text = _decoded(line, where)
+            if text.strip():
+                yield _as_row(_parsed(text, where), where)
 
 
 def _json_rows(path: Path) -> Iterable[dict[str, Any]]:
-    try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
+    with _open(path) as file:
+        rows = _parsed(_decoded(b"".join(_lines(file, path)), str(path)), str(path))
     if not isinstance(rows, list):
         raise ValueError(f"{path}: expected a list of objects; got {type(rows).__name__}")
     return [_as_row(row, f"{path}, row {index}") for index, row in enumerate(rows)]
+
+
+def _open(path: Path) -> BinaryIO:
+    return gzip.open(path) if path.suffix.lower() == PACKED else path.open("rb")
+
+
+def _lines(file: BinaryIO, path: Path) -> Iterator[bytes]:
+    try:
+        yield from file
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"{path}: not gzip, or cut short: {error}") from error
+
+
+def _decoded(data: bytes, where: str) -> str:
+    """UTF-8, with or without a byte order mark."""
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        at = f"byte 0x{data[error.start]:02x} at {error.start}"
+        raise ValueError(f"{where}: not UTF-8: {at} ({error.reason}); save the file as UTF-8") from error
+
+
+def _parsed(text: str, where: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON: {error}") from error
 
 
 def _as_row(row: object, where: str) -> dict[str, Any]:
@@ -205,6 +248,8 @@ def _prompt(
         if not isinstance(value, str):
             raise ValueError(f"{where}, column {name!r}: expected text or chat messages; got {type(value).__name__}")
     prompt = " ".join(values)
+    if not prompt.strip():
+        raise ValueError(f"{where}, column {', '.join(map(repr, names))}: the prompt is empty; got {prompt!r}")
     return prompt if template is None else template.replace("{prompt}", prompt)
 
 
@@ -213,8 +258,8 @@ def as_messages(values: list[Any], where: str) -> tuple[dict[str, str], ...]:
     for value in values:
         if not isinstance(value, Mapping) or not all(isinstance(value.get(key), str) for key in ("role", "content")):
             raise ValueError(f"{where}: expected messages with texts 'role' and 'content'; got {value!r}")
-    if not values:
-        raise ValueError(f"{where}: expected at least one message; got none")
+    if not any(value["content"].strip() for value in values):
+        raise ValueError(f"{where}: expected at least one message with text; got {values!r}")
     return tuple({"role": value["role"], "content": value["content"]} for value in values)
 
 
@@ -241,6 +286,7 @@ def _solution(row: Mapping[str, Any], column: str | None, where: str) -> str | N
     if column is None:
         return None
     value = cell(row, column, where)
-    if value is not None and not isinstance(value, str):
-        raise ValueError(f"{where}, column {column!r}: expected text; got {type(value).__name__}")
+    if not isinstance(value, str) or not value.strip():
+        came = repr(value) if value is None or isinstance(value, str) else type(value).__name__
+        raise ValueError(f"{where}, column {column!r}: expected a solution as text; got {came}")
     return value

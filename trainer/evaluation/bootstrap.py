@@ -7,7 +7,7 @@ a little higher in resamples than in the data; an oracle F1 therefore lies low i
 Shape letters: R traces, S resamples.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -23,24 +23,41 @@ def resample_counts(erroneous_R: np.ndarray, resamples: int, rng: np.random.Gene
     return counts_SR
 
 
-def bootstrap_f1(
-    sweeps: Mapping[str, Sweep], tune_on: str | None, resamples: int, seed: int = 0
-) -> dict[str, dict[str, np.ndarray]]:
-    """{"oracle" | "transferred": {subset | "average": F1 of every resample [S]}}; the average is over subsets."""
-    rng = np.random.default_rng(seed)
-    counts = {name: resample_counts(sweep.erroneous_R, resamples, rng) for name, sweep in sweeps.items()}
-    found = {"oracle": {name: np.empty(resamples) for name in sweeps}}
+def rule_f1(
+    sweeps: Mapping[str, Sweep], tune_on: str | None, weights: Mapping[str, np.ndarray] | None = None
+) -> dict[str, dict[str, float]]:
+    """{"oracle" | "transferred": {subset | "average": F1}}; the average is over subsets."""
+    weights = weights or {}
+    best = {name: sweep.best(weights.get(name)) for name, sweep in sweeps.items()}
+    found = {"oracle": {name: value.f1 for name, value in best.items()}}
     if tune_on is not None:
-        found["transferred"] = {name: np.empty(resamples) for name in sweeps}
-    for s in range(resamples):
-        best = {name: sweep.best(counts[name][s]) for name, sweep in sweeps.items()}
-        for name, sweep in sweeps.items():
-            found["oracle"][name][s] = best[name].f1
-            if tune_on is not None:
-                found["transferred"][name][s] = sweep.at(best[tune_on].threshold, counts[name][s]).f1
-    for values in found.values():
-        values["average"] = np.mean([values[name] for name in sweeps], axis=0)
-    return found
+        threshold = best[tune_on].threshold
+        found["transferred"] = {name: sweep.at(threshold, weights.get(name)).f1 for name, sweep in sweeps.items()}
+    return {rule: {**values, "average": float(np.mean(list(values.values())))} for rule, values in found.items()}
+
+
+def stacked(found: Sequence[dict[str, dict[str, float]]]) -> dict[str, dict[str, np.ndarray]]:
+    return {
+        rule: {name: np.array([each[rule][name] for each in found]) for name in values}
+        for rule, values in found[0].items()
+    }
+
+
+def bootstrap_f1(
+    draws: Sequence[Mapping[str, Sweep]], tune_on: str | None, resamples: int, seed: int = 0
+) -> dict[str, dict[str, np.ndarray]]:
+    """`rule_f1` of every resample [S]. Resample s takes draws[s mod D]: a reward model has one, random scores several.
+
+    The same seed draws the same problems whatever the scores, so that two scores can be compared resample by resample.
+    """
+    rng = np.random.default_rng(seed)
+    counts = {name: resample_counts(sweep.erroneous_R, resamples, rng) for name, sweep in draws[0].items()}
+    return stacked(
+        [
+            rule_f1(draws[s % len(draws)], tune_on, {name: counts_SR[s] for name, counts_SR in counts.items()})
+            for s in range(resamples)
+        ]
+    )
 
 
 def interval(values_S: np.ndarray, level: float = 0.95) -> tuple[float, float]:

@@ -38,7 +38,7 @@ def candidate_statistics(
         )
         return found.logprobs_NK, found.ids_NK >= 0
 
-    logprobs_NK, used_NK = map_rows(policy, answers, max_tokens, choose)
+    logprobs_NK, used_NK = map_rows(policy, answers, max_tokens, choose, label="candidates")
     probability_NK = torch.where(used_NK, logprobs_NK.exp(), 0.0).double()
     result = {}
     for p_min in p_mins:

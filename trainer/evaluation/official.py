@@ -6,8 +6,10 @@ What differs from ours (read from process_bench/process_eval.py of gaoshiping/IP
 * the last step holds the end-of-turn token;
 * a mean divides by one less than the number of tokens summed;
 * sigma(0.001 * sum) is cut by 1000 equidistant thresholds in [-1, 1]: of those, about one for every 8 nats;
-* sums are float32.
-Not reproduced: its attention mask, which hides every token equal to the padding token, in the answer too.
+* sums are float32;
+* every token equal to the padding token is masked in attention, in problem and answer too, though it is still scored.
+  The padding token is the tokenizer's own, or EOS where it has none: where it also ends the turns (pad = eos, as in
+  SmolLM2) nothing sees the end of the user's turn; where it is a token of its own (Qwen) nothing changes.
 """
 
 from collections.abc import Sequence
@@ -68,5 +70,5 @@ def variants(reward: Sequence[float], lengths: Sequence[int]) -> dict[str, np.nd
 
 
 def best_f1(probabilities: Sequence[Sequence[float]], labels: Sequence[int]) -> F1:
-    """The best F1 of the script's grid, of equal ones the first; no other threshold is tried."""
-    return Sweep.make(probabilities, labels, np.linspace(-1, 1, THRESHOLDS)).best()
+    """The best F1 of the script's grid, of equal ones the first; no other threshold is tried. nan of one kind alone."""
+    return Sweep.make(probabilities, labels, np.linspace(-1, 1, THRESHOLDS), one_kind=True).best()

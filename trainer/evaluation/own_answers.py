@@ -13,12 +13,13 @@ from ipvrm_core.packing import cu_seqlens_from_lengths
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.tasks import LabelledTrace
+from ipvrm_core.trainer.evaluation.equal_answers import math_equality, merge_equal
 from ipvrm_core.trainer.evaluation.stored_answers import Stored, evaluate
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.phases.rollout import generation_settings, sample_and_verify
 from ipvrm_core.trainer.reward import answer_scores, needs_reference, sampled_logprobs, scores
 from ipvrm_core.trainer.rollouts import Sample
-from ipvrm_core.trainer.verify import Verdict
+from ipvrm_core.trainer.verify import JUDGES, Verdict
 
 
 @dataclass(frozen=True)
@@ -96,5 +97,10 @@ def best_of_n(
                 "sum": (objective.beta * sums_R[these]).tolist(),
             },
         )
+    if (
+        experiment.config.verifier.kind in JUDGES
+    ):  # answers that are mathematics; others have no equality but their text
+        with math_equality(**experiment.config.verifier.limits) as equal:
+            stored = merge_equal(stored, equal)
     found = evaluate(stored, experiment.config.eval.best_of_n, resamples=0, seed=experiment.config.seed)
     return {n: {way: cell["mean"] for way, cell in row.items() if isinstance(cell, dict)} for n, row in found.items()}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
+from torch import Tensor
 
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.data.processbench import Problem
@@ -20,6 +20,7 @@ from ipvrm_core.trainer.evaluation.processbench_files import Parts
 from ipvrm_core.trainer.evaluation.rendering import Format, Rendered, render
 from ipvrm_core.trainer.evaluation.step_scores import step_sums
 from ipvrm_core.trainer.evaluation.token_scores import Scorer, scored_batches
+from ipvrm_core.trainer.progress import Progress
 
 
 class Job(NamedTuple):
@@ -59,12 +60,12 @@ def score(
     kept = parts.read() if parts else {}
     rows = [kept.get(row["id"], row) for row in rows]
     left = [index for index in used if rows[index]["sums"] is None]
-    counts = {"total": len(used), "initial": len(used) - len(left)}
-    with tqdm(**counts, desc=problems[0].subset, unit="problem", disable=None) as bar:
+    with Progress(problems[0].subset, len(used), len(used) - len(left), "problem") as bar:
         for numbers, scores in scored_batches(scorer, [jobs[index].answer for index in left], max_tokens):
             fresh = [left[number] for number in numbers]
-            for index, score_N in zip(fresh, scores, strict=True):
-                rows[index] |= _scored(jobs[index], score_N.numpy())
+            theirs = _as_the_script(scorer, [jobs[index] for index in fresh], scores, max_tokens)
+            for index, score_N, their_N in zip(fresh, scores, theirs, strict=True):
+                rows[index] |= _scored(jobs[index], score_N.numpy(), their_N.numpy())
             if parts:
                 parts.add([rows[index] for index in fresh])
             bar.update(len(fresh))
@@ -104,8 +105,20 @@ def _row(job: Job) -> dict:
     }
 
 
-def _scored(job: Job, score_N: np.ndarray) -> dict:
-    """The columns of the scores, of tokens start .. end [N]."""
+def _as_the_script(scorer: Scorer, jobs: Sequence[Job], scores: list[Tensor], max_tokens: int) -> list[Tensor]:
+    """The official mode's scores of the same tokens: others where a text holds the padding token, which is masked."""
+    pad = scorer.tokenizer.pad_token_id
+    if not any(job.boundaries and pad in job.item.ids[: job.end] for job in jobs):
+        return scores
+    found = list(scores)
+    for indices, masked in scored_batches(scorer, [job.answer for job in jobs], max_tokens, unseen=pad):
+        for index, score_N in zip(indices, masked, strict=True):
+            found[index] = score_N
+    return found
+
+
+def _scored(job: Job, score_N: np.ndarray, their_N: np.ndarray) -> dict:
+    """The columns of the scores, of tokens start .. end [N], ours and the official mode's."""
     steps = job.item.step_of[job.start : job.end]
     sums, tokens = step_sums(score_N, steps, len(job.problem.steps))
     if job.status == "truncated":
@@ -113,6 +126,6 @@ def _scored(job: Job, score_N: np.ndarray) -> dict:
         return {"sums": known, "tokens": tokens}
     if not job.boundaries:
         return {"sums": sums, "tokens": tokens}
-    shifted_N = np.concatenate([np.zeros(job.start - 1, np.float32), score_N])
+    shifted_N = np.concatenate([np.zeros(job.start - 1, np.float32), their_N])
     rewards, lengths = official.rewards(shifted_N, job.boundaries)
     return {"sums": sums, "tokens": tokens, "official_rewards": rewards, "official_lengths": lengths}

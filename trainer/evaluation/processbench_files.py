@@ -8,12 +8,16 @@ from pathlib import Path
 
 from ipvrm_core.trainer.data.processbench import SUBSETS
 from ipvrm_core.trainer.files import write_file
+from ipvrm_core.trainer.identity import differing
 
 COLUMNS = ("subset", "id", "generator", "label", "status", "sums", "tokens")
 
 
-def write_scores(path: Path, rows: Sequence[dict], origin: dict) -> None:
-    """`origin` (score, models, format, limits) is kept in the file: scores of different origins are never mixed."""
+def write_scores(path: Path, rows: Sequence[dict], origin: dict, source: dict | None = None) -> None:
+    """`origin` and `source` are kept in the file: what the scores were made with, and from which data.
+
+    origin: score, models and the digests of their files, format, limits; scores of different origins are never mixed.
+    """
     import pyarrow
     import pyarrow.parquet
 
@@ -29,7 +33,7 @@ def write_scores(path: Path, rows: Sequence[dict], origin: dict) -> None:
             ("official_rewards", pyarrow.list_(pyarrow.float32())),
             ("official_lengths", pyarrow.list_(pyarrow.int32())),
         ],
-        metadata={"ipvrm": json.dumps(origin)},
+        metadata={"ipvrm": json.dumps(origin), "source": json.dumps(source or {})},
     )
     table = pyarrow.Table.from_pylist(list(rows), schema=schema)
     write_file(path, lambda temporary: pyarrow.parquet.write_table(table, temporary))
@@ -39,7 +43,7 @@ def read_scores(paths: Iterable[Path]) -> tuple[list[dict], dict]:
     """(rows, origin) of score files and of folders of them, the published subsets first and in their order."""
     import pyarrow.parquet
 
-    files = [file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("*.parquet")))]
+    files = _files(paths)
     if not files:
         raise FileNotFoundError(f"no score files (*.parquet) at {', '.join(map(str, paths))}")
     rows, origins = [], []
@@ -48,7 +52,7 @@ def read_scores(paths: Iterable[Path]) -> tuple[list[dict], dict]:
         missing = [name for name in COLUMNS if name not in table.column_names]
         if missing:
             raise ValueError(f"{file} is no file of step scores: no column {', '.join(missing)}")
-        origins.append(json.loads((table.schema.metadata or {}).get(b"ipvrm", b"{}")))
+        origins.append(_metadata(file, "ipvrm"))
         if origins[-1] != origins[0]:
             raise ValueError(f"{files[0]} and {file} were scored differently: {_differing(origins[0], origins[-1])}")
         rows += table.to_pylist()
@@ -59,16 +63,45 @@ def read_scores(paths: Iterable[Path]) -> tuple[list[dict], dict]:
     return sorted(rows, key=lambda row: order.get(row["subset"], len(order))), origins[0]
 
 
-def check_origin(folder: Path, found: dict, expected: dict) -> None:
-    """ValueError for scores that were made in another way than those to come."""
+def _files(paths: Iterable[Path]) -> list[Path]:
+    return [file for path in paths for file in ([path] if path.is_file() else sorted(path.glob("*.parquet")))]
+
+
+def _metadata(file: Path, key: str) -> dict:
+    import pyarrow.parquet
+
+    return json.loads((pyarrow.parquet.read_schema(file).metadata or {}).get(key.encode(), b"{}"))
+
+
+def read_sources(paths: Iterable[Path]) -> dict[str, dict]:
+    """{subset: what `write_scores` was told of its data} of score files and of folders of them."""
+    return {file.stem: _metadata(file, "source") for file in _files(paths)}
+
+
+def check_origin(path: Path, expected: dict) -> None:
+    """ValueError for scores (a file or a folder of parts) that were made in another way than those to come."""
+    for file in _files([path]):
+        found = _metadata(file, "ipvrm")
+        if found != expected:
+            differing = _differing(found, expected)
+            raise ValueError(f"{path} holds scores made in another way ({differing}); take another --out folder")
+
+
+def check_source(path: Path, expected: dict) -> None:
+    """ValueError for scores of other data."""
+    found = _metadata(path, "source")
     if found != expected:
         raise ValueError(
-            f"{folder} holds scores made in another way ({_differing(found, expected)}); take another --out folder"
+            f"{path} holds scores of other data ({_differing(found, expected)}); take another --out folder"
         )
 
 
 def _differing(one: dict, other: dict) -> str:
-    return ", ".join(key for key in one | other if one.get(key) != other.get(key))
+    """The settings, or where these are the same, the files whose contents are not."""
+    keys = [key for key in one | other if one.get(key) != other.get(key)]
+    if keys == ["files"]:
+        return f"contents of {', '.join(differing(one.get('files', {}), other.get('files', {})))}"
+    return ", ".join(key for key in keys if key != "files")
 
 
 @dataclass(frozen=True)
@@ -80,13 +113,12 @@ class Parts:
 
     def of(self, texts: str) -> "Parts":
         """The same, of these texts alone; a digest."""
-        return replace(self, origin=self.origin | {"texts": texts})
+        return replace(self, origin=self.origin | {"problems": texts})
 
     def read(self) -> dict[str, dict]:
         """{id: row}. ValueError for parts of another origin."""
-        files = sorted(self.folder.glob("*.parquet"))
-        rows, origin = read_scores(files) if files else ([], self.origin)
-        check_origin(self.folder, origin, self.origin)
+        check_origin(self.folder, self.origin)
+        rows = read_scores([self.folder])[0] if _files([self.folder]) else []
         return {row["id"]: row for row in rows}
 
     def add(self, rows: Sequence[dict]) -> None:

@@ -14,6 +14,7 @@ from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.evaluation.token_scores import Scorer, token_scores
 from ipvrm_core.trainer.experiment import Experiment
+from ipvrm_core.trainer.phases.rollout import judged
 from ipvrm_core.trainer.reward import auc
 from ipvrm_core.trainer.rollouts import generate
 
@@ -21,7 +22,7 @@ FRACTIONS = (0.25, 0.5, 0.75)
 
 
 class Prefix(NamedTuple):
-    """One cut of an answer: V_t, V_t / t, delta_t, and how many of its continuations came out right."""
+    """One cut of an answer: V_t, V_t / t, delta_t, and how many of its continuations with a verdict came out right."""
 
     value: float
     mean: float
@@ -86,12 +87,13 @@ def continued_prefixes(
         number, length = cuts[index // samples]
         texts.append(experiment.decode(answers[number].response_ids[:length] + sample.response_ids))
         golds.append(examples[number].answer)
-    right = [verdict.correct for verdict in experiment.verifier(texts, golds)]
+    verdicts = judged(experiment, drawn, texts, golds)
     scored = [Answer(answer.prompt_ids, answer.response_ids) for answer in answers]
     q = token_scores(scorer, scored, experiment.config.micro_batch_tokens, generation.temperature)
     prefixes = []
     for index, (number, length) in enumerate(cuts):
         value = beta * q[number][:length].double().sum().item()
-        hits = sum(right[index * samples : (index + 1) * samples])
-        prefixes.append(Prefix(value, value / length, beta * q[number][length - 1].item(), hits, samples))
+        decided = [verdict.correct for verdict in verdicts[index * samples :][:samples] if verdict.decided]
+        delta = beta * q[number][length - 1].item()
+        prefixes.append(Prefix(value, value / length, delta, sum(decided), len(decided)))
     return prefixes

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
+from ipvrm_core.trainer.chat_template import render_chat
+
 
 @dataclass(frozen=True)
 class Format:
@@ -90,15 +92,10 @@ def token_steps(offsets: Sequence[tuple[int, int]], ends: Sequence[int], low: in
 
 
 def chat_text(tokenizer, problem: str, content: str, system_prompt: str | None, where: str) -> str:
-    import jinja2
-
     messages = [{"role": "user", "content": problem}, {"role": "assistant", "content": content}]
     if system_prompt:
         messages.insert(0, {"role": "system", "content": system_prompt})
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False)
-    except jinja2.TemplateError as error:
-        raise ValueError(f"{where}: the chat template refuses the conversation: {error}") from error
+    return render_chat(tokenizer, messages, where)
 
 
 def _locate(text: str, problem: str, content: str, where: str) -> tuple[int, int, int]:

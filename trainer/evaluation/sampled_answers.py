@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.evaluation.accuracy import Judged, accuracy, average
@@ -21,6 +20,7 @@ from ipvrm_core.trainer.evaluation.token_scores import length_limit
 from ipvrm_core.trainer.files import locked, write_json
 from ipvrm_core.trainer.metrics import peak_memory_mb
 from ipvrm_core.trainer.phases.rollout import sample_and_verify
+from ipvrm_core.trainer.progress import progress
 from ipvrm_core.trainer.prompts import encode_prompt
 from ipvrm_core.trainer.seeds import stable_seed
 from ipvrm_core.trainer.verify import Verifier
@@ -33,6 +33,7 @@ class Asker:
     tokenizer: object
     verifier: Verifier
     system_prompt: str | None = None
+    unfinished: str = "judge"
 
     def encode_prompt(self, example: Example) -> list[int]:
         return encode_prompt(self.tokenizer, example, self.system_prompt)
@@ -81,9 +82,7 @@ def sample_parts(
         if kept.exists() and json.loads(kept.read_text()) != json.loads(json.dumps(origin)):
             raise ValueError(f"{parts} holds answers made in another way; remove it, or take another --out")
         write_json(kept, origin)
-        for number, start in enumerate(
-            tqdm(range(0, len(asked), sampling.batch), desc="accuracy", unit="part", disable=None)
-        ):
+        for number, start in enumerate(progress(range(0, len(asked), sampling.batch), "accuracy", "part")):
             path = parts / f"{number:05d}.json"
             if not path.exists():
                 torch.manual_seed(stable_seed(sampling.seed, "accuracy", number))

@@ -16,6 +16,7 @@ from ipvrm_core.packing import cu_seqlens_from_lengths
 from ipvrm_core.trainer import models
 from ipvrm_core.trainer.batching import Answer, map_rows, micro_batches
 from ipvrm_core.trainer.config import Model
+from ipvrm_core.trainer.progress import Progress
 
 Kind = Literal["log-ratio", "log-prob", "value"]
 
@@ -117,42 +118,52 @@ def token_scores(scorer: Scorer, answers: Sequence[Answer], max_tokens: int, tem
     The temperature is that of log-probs; a value head has none.
     """
     found: list[Tensor] = [torch.empty(0)] * len(answers)
-    for indices, scores in scored_batches(scorer, answers, max_tokens, temperature):
-        for i, score_N in zip(indices, scores, strict=True):
-            found[i] = score_N
+    with Progress("scores", len(answers), unit="answer") as shown:
+        for indices, scores in scored_batches(scorer, answers, max_tokens, temperature):
+            for i, score_N in zip(indices, scores, strict=True):
+                found[i] = score_N
+            shown.update(len(indices))
     return found
 
 
 def scored_batches(
-    scorer: Scorer, answers: Sequence[Answer], max_tokens: int, temperature: float = 1.0
+    scorer: Scorer,
+    answers: Sequence[Answer],
+    max_tokens: int,
+    temperature: float = 1.0,
+    unseen: int | None = None,
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Per micro-batch of at most `max_tokens` padded tokens: (which answers, the scores of each [N] float32 on CPU).
 
     Longest first, so that micro-batches hold little padding and memory runs out at once or never. The answers of what
     is not yielded yet give the very same micro-batches: one can stop and go on. ValueError for scores that are not
-    finite, and when the first micro-batch has the score 0 throughout.
+    finite, and when the first micro-batch has the score 0 throughout. unseen: a token that log-probs do not attend to.
     """
     order = sorted(range(len(answers)), key=lambda i: -len(answers[i].prompt_ids) - len(answers[i].response_ids))
     for part in micro_batches([answers[i] for i in order], max_tokens):
         chosen = [answers[i] for i in order[part]]
-        score_n = _scores(scorer, chosen, max_tokens, temperature)
+        score_n = _scores(scorer, chosen, max_tokens, temperature, unseen)
         _check(scorer.kind, score_n, first=part.start == 0)
         yield order[part], [piece.clone() for piece in score_n.split([len(answer.response_ids) for answer in chosen])]
 
 
-def _scores(scorer: Scorer, answers: Sequence[Answer], max_tokens: int, temperature: float) -> Tensor:
+def _scores(
+    scorer: Scorer, answers: Sequence[Answer], max_tokens: int, temperature: float, unseen: int | None
+) -> Tensor:
     """[n] float32 on CPU."""
     if scorer.kind == "value":
         function = lambda hidden_ND, batch, _: (models.value_scores(scorer.model, hidden_ND),)  # noqa: E731
         return map_rows(scorer.model, answers, max_tokens, function, after=True)[0].float().cpu()
-    ours_n = _logprobs(scorer.model, answers, max_tokens, temperature)
+    ours_n = _logprobs(scorer.model, answers, max_tokens, temperature, unseen)
     if scorer.reference is not None:
-        return (ours_n - _logprobs(scorer.reference, answers, max_tokens, temperature)).float().cpu()
+        return (ours_n - _logprobs(scorer.reference, answers, max_tokens, temperature, unseen)).float().cpu()
     cu_seqlens = cu_seqlens_from_lengths(torch.tensor([len(answer.response_ids) for answer in answers]))
     return Endorm(decay=scorer.decay).token_scores(ours_n.float().cpu(), cu_seqlens)
 
 
-def _logprobs(model: nn.Module, answers: Sequence[Answer], max_tokens: int, temperature: float) -> Tensor:
+def _logprobs(
+    model: nn.Module, answers: Sequence[Answer], max_tokens: int, temperature: float, unseen: int | None
+) -> Tensor:
     head = models.head_of(model)
 
     def function(hidden_ND, batch, _):
@@ -161,7 +172,7 @@ def _logprobs(model: nn.Module, answers: Sequence[Answer], max_tokens: int, temp
             linear_logprobs(hidden_ND, head.weight, ids_N1, temperature=temperature, **head.options).logprobs_NK[:, 0],
         )
 
-    return map_rows(model, answers, max_tokens, function)[0]
+    return map_rows(model, answers, max_tokens, function, unseen=unseen)[0]
 
 
 def _check(kind: Kind, score_n: Tensor, first: bool) -> None:

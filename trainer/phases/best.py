@@ -2,11 +2,12 @@
 
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from ipvrm_core.trainer.files import write_file
+from ipvrm_core.trainer.files import read_tensors, write_file
+from ipvrm_core.trainer.identity import file_digest
 from ipvrm_core.trainer.optim import set_weights, trained_weights
 
 
@@ -39,7 +40,7 @@ class Best:
         if value > self.state.get("best", float("-inf")):
             weights = {name: tensor.contiguous() for name, tensor in trained_weights(model, optimizer).items()}
             write_file(self.path, lambda target: save_file(weights, target))
-            self.state.update(best=value, best_step=step, without_best=0)
+            self.state.update(best=value, best_step=step, without_best=0, best_sha256=file_digest(self.path))
             return True
         self.state["without_best"] += 1
         if self.state["without_best"] >= self.patience:
@@ -47,9 +48,12 @@ class Best:
         return False
 
     def restore(self, model: nn.Module, optimizer: Optimizer) -> None:
-        """Put the best weights back. They are gone once the finished model is there."""
-        if self.metric is not None:
-            set_weights(model, optimizer, load_file(self.path))
+        """Put the best weights back. They are gone once the finished model is there. ValueError for damaged ones."""
+        if self.metric is None:
+            return
+        if file_digest(self.path) != self.state["best_sha256"]:
+            raise ValueError(f"{self.path} is not what was written (SHA-256): the best weights are lost")
+        set_weights(model, optimizer, read_tensors(self.path))
 
     def forget(self) -> None:
         self.path.unlink(missing_ok=True)

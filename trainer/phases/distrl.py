@@ -1,6 +1,9 @@
 """The RL loop: GRPO, GRPO with a process reward, DistRL; which one is a matter of settings (method: docs/method.md)."""
 
-from ipvrm_core.trainer.collect import collect
+from tqdm import tqdm
+
+from ipvrm_core.trainer.collect import Collected, collect
+from ipvrm_core.trainer.config import Rl
 from ipvrm_core.trainer.credit import assign, old_policy, update_reward_model
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.optim import make_optimizer
@@ -43,12 +46,18 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
         against_start = rl.reward_model and "sft" in (preset.online_reference, preset.td_reference)
         if rl.kl_coef or self_guided or against_start:
             reference = experiment.start_policy().eval()
-        training = Training(experiment, folder, rl.steps, models, optimizers, show=SHOW, state={"cursor": 0})
+        state = {"cursor": 0, "skipped": 0}
+        training = todo.enter_context(
+            Training(experiment, folder, rl.steps, models, optimizers, show=SHOW, state=state)
+        )
 
         for step in training.steps():
             experiment.seed("rl", name, step)
             batch = collect(experiment, policy, preset, training.state["cursor"], rl.max_rounds)
             training.state["cursor"] = batch.cursor
+            if _skipped(training, rl, step, batch):
+                continue
+            training.uses(batch.answers, rewards=batch.rewards_B.tolist(), groups=batch.groups_B.tolist())
             policy.eval()
             old = old_policy(experiment, policy, preset, batch)
             ref_N = None if reference is None else sampled_logprobs(experiment, reference, batch.answers)
@@ -84,6 +93,25 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
         if "reward_model" in models:
             training.save(reward_model, "reward_model")
         training.finish(policy)
+
+
+def _skipped(training: Training, rl: Rl, step: int, batch: Collected) -> bool:
+    """Whether the step has nothing to learn from: it is logged as skipped, and too many in a row are the last ones."""
+    training.state["skipped"] = 0 if batch.answers else training.state["skipped"] + 1
+    if batch.answers:
+        return False
+    training.log(step, **batch.numbers)
+    label, count, (low, high) = training.metrics.label, training.state["skipped"], rl.resolved().accuracy_range
+    within = "" if (low, high) == (0, 1) else f" and an accuracy in [{low:g}, {high:g}]"
+    sampled, unjudged, accuracy = (batch.numbers[key] for key in ("sampled_prompts", "unjudged_prompts", "accuracy"))
+    tqdm.write(
+        f"{label} step {step} is skipped: none of {sampled} prompts had both right and wrong answers{within} "
+        f"(accuracy {accuracy:.3g}, {unjudged} prompts without all verdicts)"
+    )
+    if count >= rl.max_skipped:
+        training.state["stopped"] = True
+        tqdm.write(f"{label} ends early at step {step} of {rl.steps}: {count} steps in a row were skipped")
+    return True
 
 
 def _online(experiment: Experiment, rl, preset):

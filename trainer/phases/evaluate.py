@@ -13,7 +13,7 @@ from ipvrm_core.trainer.evaluation.rank_analysis import continued_prefixes, rank
 from ipvrm_core.trainer.evaluation.reward_model import judge
 from ipvrm_core.trainer.evaluation.token_scores import Scorer
 from ipvrm_core.trainer.experiment import Experiment
-from ipvrm_core.trainer.files import write_json
+from ipvrm_core.trainer.files import read_json, write_json
 from ipvrm_core.trainer.metrics import MetricsLog
 from ipvrm_core.trainer.phases.training import phase_folder
 from ipvrm_core.trainer.reward import needs_reference
@@ -37,7 +37,7 @@ def run(experiment: Experiment, resume: bool = False) -> None:
                     result, done = job(), done + 1
                     metrics.log(done)  # its seconds; before the file, as after a kill both are made again
                     write_json(files[name], result)
-                results[name] = json.loads(files[name].read_text())
+                results[name] = read_json(files[name])
                 tqdm.write(f"eval {name}: {json.dumps(_short(results[name]))}")
         write_json(folder / "results.json", results)
 

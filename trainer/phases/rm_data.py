@@ -35,8 +35,9 @@ class RewardData:
 def from_rollouts(experiment: Experiment, settings: RewardModel) -> RewardData:
     """The starting policy's own answers, with the log-probs that the rollout phase kept."""
     rollouts = rollout_phase.read(experiment.run / "rollout")
-    split = len(rollouts) - experiment.config.rollout.held_out
-    return RewardData(make_units(rollouts[:split], settings, experiment.config.seed), rollouts[split:])
+    split = experiment.config.rollout.prompts - experiment.config.rollout.held_out
+    training, held_out = ([group for group in rollouts if (group.prompt < split) == kind] for kind in (True, False))
+    return RewardData(make_units(training, settings, experiment.config.seed), held_out)
 
 
 def make_units(groups: list[Rollouts], settings: RewardModel, seed: int) -> list[Unit]:

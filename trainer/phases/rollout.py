@@ -1,7 +1,6 @@
 """Answers sampled from the starting policy, verified, with their reference log-probs: data for reward models."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -15,13 +14,14 @@ from ipvrm_core.trainer.metrics import MetricsLog, read_metrics
 from ipvrm_core.trainer.models import head_of
 from ipvrm_core.trainer.phases.training import phase_folder
 from ipvrm_core.trainer.rollouts import Sample, generate
+from ipvrm_core.trainer.shards import Shards
 from ipvrm_core.trainer.verify import Verdict
-from ipvrm_core.trainer.verify.base import Status
+from ipvrm_core.trainer.verify.base import UNDECIDED, Status, all_decided
 
 
 @dataclass(frozen=True)
 class Rollouts:
-    """All samples of one prompt."""
+    """All samples of one prompt, each with a verdict."""
 
     prompt: int
     answers: list[Answer]
@@ -36,7 +36,23 @@ def sample_and_verify(
     prompts = [experiment.encode_prompt(example) for example in examples]
     made = generate(model, experiment.tokenizer, prompts, samples=samples, **settings)
     golds = [example.answer for example in examples for _ in range(samples)]
-    return made, experiment.verifier([experiment.decode(sample.response_ids) for sample in made], golds)
+    return made, judged(experiment, made, [experiment.decode(sample.response_ids) for sample in made], golds)
+
+
+def judged(experiment: Experiment, samples: Sequence[Sample], texts: list[str], golds: list[str]) -> list[Verdict]:
+    """A verdict on every sample; one cut at the limit of tokens is not looked at where that is wrong in any case."""
+    seen = [index for index, sample in enumerate(samples) if sample.finished or experiment.unfinished == "judge"]
+    verdicts = [Verdict(False, "unfinished")] * len(samples)
+    found = experiment.verifier([texts[i] for i in seen], [golds[i] for i in seen])
+    for index, verdict in zip(seen, found, strict=True):
+        verdicts[index] = verdict
+    return verdicts
+
+
+def right_share(verdicts: Sequence[Verdict]) -> float:
+    """Of those that say anything; 0 where none does."""
+    decided = [verdict.correct for verdict in verdicts if verdict.decided]
+    return sum(decided) / max(1, len(decided))
 
 
 def generation_settings(experiment: Experiment) -> dict:
@@ -49,7 +65,8 @@ def generation_settings(experiment: Experiment) -> dict:
 
 
 def run(experiment: Experiment, resume: bool = False) -> None:
-    """Sample shard by shard; writes rollout/shards/*.json, a line for each in metrics.jsonl, and summary.json."""
+    """Sample shard by shard; writes rollout/shards/*.json and their manifest, a line for each in metrics.jsonl, and
+    summary.json."""
     config, rollout = experiment.config, experiment.config.rollout
     if rollout is None:
         raise ValueError("the configuration has no [rollout] section")
@@ -60,8 +77,7 @@ def run(experiment: Experiment, resume: bool = False) -> None:
         model = experiment.start_policy().eval()
         head = head_of(model)
         temperature = config.generation.temperature
-        shards = folder / "shards"
-        shards.mkdir(exist_ok=True)
+        shards = Shards(folder)
 
         def reference(hidden, batch, _):
             ids = batch.targets_N[:, None]
@@ -69,7 +85,7 @@ def run(experiment: Experiment, resume: bool = False) -> None:
             return (found.logprobs_NK[:, 0],)
 
         starts = range(0, rollout.prompts, rollout.batch)
-        done = len(list(shards.glob("*.json")))
+        done = shards.whole()
         with MetricsLog(folder, "rollout", len(starts), done, show=("accuracy", "tokens")) as metrics:
             for number, start in list(enumerate(starts))[done:]:
                 experiment.seed("rollout", number)
@@ -95,22 +111,24 @@ def run(experiment: Experiment, resume: bool = False) -> None:
                     )
                 ]
                 # The line goes first: without its shard it is dropped when the phase goes on, and both are made again.
-                right = sum(row["correct"] for row in rows)
-                metrics.log(number + 1, accuracy=right / len(rows), answers=len(rows), tokens=sum(lengths))
-                write_json(shards / f"{number:05d}.json", rows)
-        write_json(folder / "summary.json", {**summarize(shards), **cost(read_metrics(metrics.path))})
+                metrics.log(number + 1, accuracy=right_share(verdicts), answers=len(rows), tokens=sum(lengths))
+                shards.add(number, rows)
+        write_json(folder / "summary.json", {**summarize(shards.rows()), **cost(read_metrics(metrics.path))})
 
 
-def summarize(shards: Path) -> dict:
-    rows = [row for path in sorted(shards.glob("*.json")) for row in json.loads(path.read_text())]
-    groups: dict[int, list[bool]] = {}
-    for row in rows:
-        groups.setdefault(row["prompt"], []).append(row["correct"])
+def summarize(rows: Iterable[dict]) -> dict:
+    rows = list(rows)
+    verdicts = [Verdict(row["correct"], row["status"]) for row in rows]
+    groups: dict[int, list[Verdict]] = {}
+    for row, verdict in zip(rows, verdicts, strict=True):
+        groups.setdefault(row["prompt"], []).append(verdict)
+    kept = [[verdict.correct for verdict in group] for group in groups.values() if all_decided(group)]
     return {
         "prompts": len(groups),
+        "unjudged_prompts": len(groups) - len(kept),
         "answers": len(rows),
-        "accuracy": sum(row["correct"] for row in rows) / len(rows),
-        "mixed_prompts": sum(0 < sum(group) < len(group) for group in groups.values()) / len(groups),
+        "accuracy": right_share(verdicts),
+        "mixed_prompts": sum(0 < sum(group) < len(group) for group in kept) / max(1, len(kept)),
         "finished": sum(row["finished"] for row in rows) / len(rows),
         **{f"verdict_{name}": sum(row["status"] == name for row in rows) for name in get_args(Status)},
     }
@@ -128,14 +146,24 @@ def cost(lines: list[dict]) -> dict[str, float]:
 
 
 def read(folder: Path) -> list[Rollouts]:
-    """All rollouts in prompt order. FileNotFoundError when the phase has not finished."""
+    """The rollouts in prompt order; a prompt with an answer that has no verdict is left out.
+
+    FileNotFoundError when the phase has not finished; ValueError for damaged ones.
+    """
     if not (folder / "summary.json").exists():
         raise FileNotFoundError(f"{folder} has no finished rollouts: run `ipvrm rollout` first")
     groups: dict[int, Rollouts] = {}
-    for path in sorted((folder / "shards").glob("*.json")):
-        for row in json.loads(path.read_text()):
-            group = groups.setdefault(row["prompt"], Rollouts(row["prompt"], [], [], []))
-            group.answers.append(Answer(row["prompt_ids"], row["response_ids"]))
-            group.correct.append(row["correct"])
-            group.ref_logprobs.append(row["ref_logprobs"])
-    return [groups[prompt] for prompt in sorted(groups)]
+    unjudged = set()
+    try:
+        rows = list(Shards(folder).rows())
+    except (OSError, ValueError) as error:
+        advice = f"delete {folder / 'summary.json'}, and `ipvrm rollout --resume` samples it again"
+        raise ValueError(f"{error}; put it back, or {advice}") from None
+    for row in rows:
+        group = groups.setdefault(row["prompt"], Rollouts(row["prompt"], [], [], []))
+        group.answers.append(Answer(row["prompt_ids"], row["response_ids"]))
+        group.correct.append(row["correct"])
+        group.ref_logprobs.append(row["ref_logprobs"])
+        if row["status"] in UNDECIDED:
+            unjudged.add(row["prompt"])
+    return [groups[prompt] for prompt in sorted(groups.keys() - unjudged)]

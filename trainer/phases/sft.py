@@ -5,7 +5,7 @@ from ipvrm_core.trainer.batching import TokenBatch, micro_batches, response_hidd
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.models import head_of
 from ipvrm_core.trainer.optim import apply_step, make_optimizer
-from ipvrm_core.trainer.phases.rollout import generation_settings, sample_and_verify
+from ipvrm_core.trainer.phases.rollout import generation_settings, right_share, sample_and_verify
 from ipvrm_core.trainer.phases.training import Training, phase_folder
 
 CHECK_EVERY = 10  # steps between accuracy checks, where sft.stop_accuracy asks for them
@@ -24,11 +24,14 @@ def run(experiment: Experiment, resume: bool = False) -> None:
         model = experiment.trainable(experiment.base_model(), "sft").train()
         optimizer = make_optimizer(model, sft.optim)
         show = ("nll", "grad_norm", "accuracy")
-        training = Training(experiment, folder, sft.steps, {"model": model}, {"model": optimizer}, show=show, every=10)
+        training = todo.enter_context(
+            Training(experiment, folder, sft.steps, {"model": model}, {"model": optimizer}, show=show, every=10)
+        )
         for step in training.steps():
             experiment.seed("sft", step)
             examples = experiment.examples("sft", (step - 1) * sft.batch, sft.batch)
             answers = [experiment.demonstration(example) for example in examples]
+            training.uses(answers, examples=[example.id for example in examples])
             tokens = sum(len(answer.response_ids) for answer in answers)
             total = 0.0
             for part in micro_batches(answers, config.micro_batch_tokens):
@@ -51,7 +54,7 @@ def run(experiment: Experiment, resume: bool = False) -> None:
 
 
 def sampled_accuracy(experiment: Experiment, model) -> float:
-    """Share of right answers, one sample for each of CHECK_PROMPTS training problems of a stream of their own."""
+    """Share of right answers to CHECK_PROMPTS training problems of a stream of their own, of those with a verdict."""
     examples = experiment.examples("sft check", 0, CHECK_PROMPTS)
     _, verdicts = sample_and_verify(experiment, model, examples, 1, **generation_settings(experiment))
-    return sum(verdict.correct for verdict in verdicts) / len(verdicts)
+    return right_share(verdicts)

@@ -7,10 +7,12 @@ from tqdm import tqdm
 
 from ipvrm_core.objectives import Objective
 from ipvrm_core.packing import cu_seqlens_from_lengths
+from ipvrm_core.trainer import inputs
 from ipvrm_core.trainer.calibration import PLACES, expected_calibration_error, prefix_probabilities, reliability
 from ipvrm_core.trainer.config import RewardModel
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.files import write_json
+from ipvrm_core.trainer.identity import model_digests
 from ipvrm_core.trainer.models import add_value_head
 from ipvrm_core.trainer.optim import apply_step, make_optimizer, vanishing_steps
 from ipvrm_core.trainer.phases.best import Best
@@ -42,6 +44,7 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
             rendered = read_chats(experiment, name, settings.data)
             model = reference = experiment.start_policy()
             if settings.data.reference:
+                inputs.keep(experiment.run, {f"rm.{name}.data.reference": model_digests(settings.data.reference)})
                 reference = other_reference(experiment, settings.data.reference, model)
             data = from_chats(experiment, name, rendered, objective, reference.eval())
             _check_units(data, name, objective)
@@ -72,35 +75,31 @@ def _train(
     warning = vanishing_steps(model, settings.optim, settings.steps)
     if warning:
         tqdm.write(f"rm.{name}.optim: {warning}")
-    training = Training(
-        experiment,
-        folder,
-        settings.steps,
-        {"model": model},
-        {"model": optimizer},
-        show=("loss", "grad_norm", "held_out_auc"),
-        every=25,
-    )
-    best = Best(folder, settings.stop_metric, settings.patience, training.state)
+    show = ("loss", "grad_norm", "held_out_auc")
     size = 1 if settings.pairing == "none" else 2
     per_step = settings.batch // size
     shuffle = stable_seed(experiment.config.seed, "rm order")  # the same order for every reward model of a run
-    for step in training.steps():
-        experiment.seed("rm", name, step)
-        chosen = epoch_slice(len(data.units), (step - 1) * per_step, per_step, shuffle)
-        rows = [row for index in chosen for row in data.units[index]]
-        rows += experts[(step - 1) * settings.experts : step * settings.experts]
-        loss = _backward(experiment, model, objective, rows)
-        norm = apply_step(optimizer, settings.optim, step, settings.steps)
-        numbers = {}
-        if data.held_out and _validates(settings, step):
-            numbers, bins = measure(experiment, model, data.held_out, objective)
-            if best.see(step, numbers, model, optimizer) and bins:
-                write_json(folder / "calibration.json", {"step": step, "percent_of_answer": bins})
-        training.log(step, loss=loss, grad_norm=norm, epoch=step * per_step / len(data.units), **numbers)
-    best.restore(model, optimizer)
-    training.finish(model)
-    best.forget()
+    with Training(
+        experiment, folder, settings.steps, {"model": model}, {"model": optimizer}, show=show, every=25
+    ) as training:
+        best = Best(folder, settings.stop_metric, settings.patience, training.state)
+        for step in training.steps():
+            experiment.seed("rm", name, step)
+            chosen = epoch_slice(len(data.units), (step - 1) * per_step, per_step, shuffle)
+            rows = [row for index in chosen for row in data.units[index]]
+            rows += experts[(step - 1) * settings.experts : step * settings.experts]
+            training.uses([row.answer for row in rows], correct=[row.correct for row in rows])
+            loss = _backward(experiment, model, objective, rows)
+            norm = apply_step(optimizer, settings.optim, step, settings.steps)
+            numbers = {}
+            if data.held_out and _validates(settings, step):
+                numbers, bins = measure(experiment, model, data.held_out, objective)
+                if best.see(step, numbers, model, optimizer) and bins:
+                    write_json(folder / "calibration.json", {"step": step, "percent_of_answer": bins})
+            training.log(step, loss=loss, grad_norm=norm, epoch=step * per_step / len(data.units), **numbers)
+        best.restore(model, optimizer)
+        training.finish(model)
+        best.forget()
 
 
 def _validates(settings: RewardModel, step: int) -> bool:
@@ -115,10 +114,10 @@ def _check_units(data: RewardData, name: str, objective: Objective) -> None:
 
 def _measure_only(experiment: Experiment, folder, model, objective: Objective, held_out: list[Rollouts]) -> None:
     """The starting policy is the reward model: one line of numbers, and its weights as they are."""
-    training = Training(experiment, folder, 1, {}, {}, show=("held_out_auc",))
-    for step in training.steps():
-        training.log(step, **(validate(experiment, model, held_out, objective) if held_out else {}))
-    training.finish(model)
+    with Training(experiment, folder, 1, {}, {}, show=("held_out_auc",)) as training:
+        for step in training.steps():
+            training.log(step, **(validate(experiment, model, held_out, objective) if held_out else {}))
+        training.finish(model)
 
 
 def _backward(experiment: Experiment, model, objective: Objective, rows: list[Labelled]) -> float:

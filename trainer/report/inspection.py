@@ -1,4 +1,4 @@
-"""`ipvrm inspect`: one answer, token by token, under a reward model, as one HTML page.
+"""`ipvrm inspect`: an answer token by token under a reward model, or two views side by side, as one HTML page.
 
 Shape letters: N tokens of the answer, K candidates.
 """
@@ -14,7 +14,9 @@ from torch import Tensor
 
 from ipvrm_core import Candidates, linear_logprobs, select_candidates
 from ipvrm_core.trainer.batching import Answer, map_rows
+from ipvrm_core.trainer.data.processbench import Problem
 from ipvrm_core.trainer.evaluation.lengths import refuse_long
+from ipvrm_core.trainer.evaluation.localisation import predict
 from ipvrm_core.trainer.evaluation.rendering import Format, render
 from ipvrm_core.trainer.evaluation.step_scores import step_sums, variants
 from ipvrm_core.trainer.evaluation.token_scores import Scorer, length_limit, token_scores
@@ -25,13 +27,15 @@ from ipvrm_core.trainer.models import head_of
 class Scored(NamedTuple):
     """Scores [N], and what the vocabulary's head adds: log-probs of the answer's tokens and rows of the candidates.
 
-    theirs_N: None without a reference; candidates and ours_N: none and None with a value head.
+    theirs_N: None without a reference; entropy_N: of the distribution that the candidates are of; candidates: none, and
+    the rest None, with a value head.
     """
 
     score_N: np.ndarray
     candidates: list[list[dict]]
     ours_N: np.ndarray | None = None
     theirs_N: np.ndarray | None = None
+    entropy_N: np.ndarray | None = None
 
 
 def inspect(
@@ -45,14 +49,15 @@ def inspect(
     sigma: float | None = None,
     threshold: float | None = None,
     label: int | None = None,
+    names: tuple[str, str | None] = ("model", None),
 ) -> dict:
-    """What the page shows, as a JSON-able dict: tokens with their candidates, values, and step scores.
+    """What a view of the page shows, as a JSON-able dict: tokens with their candidates, values, and step scores.
 
     The candidates are those of the reference, which stands for the sampling policy: delta(v) = beta (log pi_phi(v) -
     log pi_ref(v)), advantage = delta / sigma. Without a reference they are the model's own, and delta(v) = beta
     decay^(t-1) log pi_phi(v). `sigma` is sigma_V of a training batch; None takes the spread of this answer's own
     values. With a value head, delta is beta times its output, which is the value itself: no candidates, no sigma.
-    `threshold` (as `ipvrm processbench` reports it) marks the predicted first wrong step.
+    `threshold` (as `ipvrm processbench` reports it) marks the predicted first wrong step. names: model, reference.
     """
     if sigma is not None and scorer.kind == "value":
         raise ValueError(f"sigma scales TD errors, and a value head gives values; got {sigma}")
@@ -74,6 +79,7 @@ def inspect(
                 "id": token,
                 "ours": None if scored.ours_N is None else float(scored.ours_N[n]),
                 "theirs": None if scored.theirs_N is None else float(scored.theirs_N[n]),
+                "entropy": None if scored.entropy_N is None else float(scored.entropy_N[n]),
                 "delta": float(delta_N[n]),
                 "value": float(values_N[n]),
                 "mean": float(sums_N[n] / (n + 1)),
@@ -81,6 +87,8 @@ def inspect(
             }
         )
     return {
+        "model": names[0],
+        "reference": names[1],
         "kind": scorer.kind,
         "decay": scorer.decay,
         "problem": problem,
@@ -130,7 +138,8 @@ def _vocabulary(scorer: Scorer, answer: Answer, p_min: float, beta: float) -> Sc
         for n in range(len(ours_NK))
     ]
     theirs_N = None if scorer.reference is None else theirs_NK[:, 0].double().numpy()
-    return Scored(score_NK[:, 0].numpy(), rows, ours_NK[:, 0].double().numpy(), theirs_N)
+    entropy_N = candidates.entropy_N.double().cpu().numpy()
+    return Scored(score_NK[:, 0].numpy(), rows, ours_NK[:, 0].double().numpy(), theirs_N, entropy_N)
 
 
 def _candidates(scorer: Scorer, answer: Answer, p_min: float) -> tuple[Candidates, Tensor]:
@@ -166,13 +175,36 @@ def _rows(scorer: Scorer, ids: list[int], ours_K: Tensor, theirs_K: Tensor, delt
     ]
 
 
-def write_page(path: Path, shown: dict, title: str) -> None:
-    """One file that needs nothing else."""
+def write_page(path: Path, views: Sequence[dict], title: str, back: str | None = None) -> None:
+    """One or two views in one file that needs nothing else. back: link to the page of all problems."""
+    if not all(np.isfinite(token["delta"]) for shown in views for token in shown["tokens"]):
+        raise ValueError("a token has probability 0 under one of the models: its score is infinite")
+    _write(path, "inspect.html", title=title, views=list(views), back=back)
+
+
+def write_index(path: Path, rows: Sequence[tuple[str, Problem, Sequence[dict]]], title: str) -> None:
+    """The table of many problems: (name of the page, problem, its views)."""
+    shown = [(page, problem, [_summary(view) for view in views]) for page, problem, views in rows]
+    views = [{"model": view["model"], "reference": view["reference"]} for view in rows[0][2]]
+    hits = [sum(found[v]["predicted"] == problem.label for _, problem, found in shown) for v in range(len(views))]
+    _write(path, "inspect_index.html", title=title, rows=shown, views=views, hits=hits)
+
+
+def _summary(view: dict) -> dict:
+    """predicted: 0-based step, -1 for all right, None without a threshold."""
+    process, threshold = [step["process"] for step in view["steps"]], view["threshold"]
+    return {
+        "predicted": None if threshold is None else predict(process, threshold),
+        "lowest": min(process),
+        "value": view["tokens"][-1]["value"],
+        "mean": view["tokens"][-1]["mean"],
+        "right": 1 / (1 + np.exp(-view["tokens"][-1]["mean"])) if view["kind"] == "log-ratio" else None,
+    }
+
+
+def _write(path: Path, template: str, **values) -> None:
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
-    finite = [token["delta"] for token in shown["tokens"]]
-    if not np.isfinite(finite).all():
-        raise ValueError("a token has probability 0 under one of the models: its score is infinite")
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, environment.get_template("inspect.html").render(title=title, shown=shown))
+    write_text(path, environment.get_template(template).render(**values))

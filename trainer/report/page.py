@@ -18,6 +18,8 @@ def build(config: Config, run: Path) -> Path:
     """Write run/report/index.html and its pictures as PNG; returns the page's path. Works on unfinished runs."""
     data = collect(config, Path(run))
     folder = data.folder / "report"
+    if folder.is_symlink():  # the pictures would go wherever it leads
+        raise OSError(f"{folder} must be a folder of the run; got a symbolic link to {folder.readlink()}")
     folder.mkdir(exist_ok=True)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),

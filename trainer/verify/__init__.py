@@ -3,23 +3,25 @@
 from ipvrm_core.trainer.verify.base import Verdict, Verifier
 from ipvrm_core.trainer.verify.exact import ExactVerifier
 
-__all__ = ["ExactVerifier", "Verdict", "Verifier", "make_verifier"]
+__all__ = ["JUDGES", "ExactVerifier", "Verdict", "Verifier", "make_verifier"]
+
+JUDGES = {"math": "ipvrm_core.trainer.verify.math:judge", "boxed": "ipvrm_core.trainer.verify.math:judge_boxed"}
 
 
-def make_verifier(spec: str, *, timeout_s: float = 5.0, workers: int = 2) -> Verifier:
-    """A verifier by name.
+def make_verifier(spec: str, **settings) -> Verifier:
+    r"""A verifier by name; the settings are those of `PooledVerifier`.
 
-    "exact"                    normalised text after the last "#", in this process; timeout_s and workers do not apply.
-    "math"                     math-verify in worker processes.
-    "package.module:function"  your own f(response, gold) -> bool in worker processes.
+    "exact"                    normalised text after the last "#", in this process; the settings do not apply.
+    "math"                     math-verify in worker processes, on the last answer that the response states.
+    "boxed"                    the same on the content of the last \boxed{} alone.
+    "package.module:function"  your own f(response, gold) -> bool in worker processes; imports that module.
     """
     if spec == "exact":
         return ExactVerifier()
     # The exact verifier needs no processes.
     from ipvrm_core.trainer.verify.pool import PooledVerifier
 
-    if spec == "math":
-        return PooledVerifier("ipvrm_core.trainer.verify.math:judge", timeout_s=timeout_s, workers=workers)
-    if ":" in spec:
-        return PooledVerifier(spec, timeout_s=timeout_s, workers=workers)
-    raise ValueError(f"unknown verifier {spec!r}; expected 'exact', 'math' or 'package.module:function'")
+    judge = JUDGES.get(spec, spec)
+    if ":" not in judge:
+        raise ValueError(f"unknown verifier {spec!r}; expected 'exact', 'math', 'boxed' or 'package.module:function'")
+    return PooledVerifier(judge, **settings)

@@ -1,19 +1,20 @@
 """What a verifier takes and gives back."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, Self
 
-Status = Literal["ok", "no_answer", "timeout", "error"]
+Status = Literal["ok", "no_answer", "unfinished", "timeout", "error"]
+UNDECIDED: tuple[Status, ...] = ("timeout", "error")
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Whether a response is correct, and how that was found out.
 
-    status     "ok": the answers were compared; "no_answer": the response states none; "timeout" and "error": the
-               comparison did not come to an end. `correct` is False in these last three, and whoever trains on it
-               should count them apart: a timeout is not a wrong answer.
+    status     "ok": the answers were compared; "no_answer": the response states none; "unfinished": it was cut at the
+               limit of tokens and not looked at; "timeout" and "error": the comparison did not come to an end.
+               `correct` is False in all but the first. The last two are no wrong answers: nobody trains on them.
     extracted  the answer text that was compared, None where there is none.
     """
 
@@ -24,6 +25,16 @@ class Verdict:
     def __post_init__(self) -> None:
         if self.correct and self.status != "ok":
             raise ValueError(f"a correct verdict must have status 'ok'; got {self.status!r}")
+
+    @property
+    def decided(self) -> bool:
+        """Whether it says anything of the response."""
+        return self.status not in UNDECIDED
+
+
+def all_decided(verdicts: Iterable[Verdict]) -> bool:
+    """Whether a prompt with these verdicts on its answers can be learnt from: mu and the spread need them all."""
+    return all(verdict.decided for verdict in verdicts)
 
 
 class Verifier(Protocol):

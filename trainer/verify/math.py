@@ -23,6 +23,7 @@ _NUMBER = re.compile(r"[-+]?(?:\d{1,40}|\d{1,3}(?:,\d{3}){1,13})(?:\.\d{1,40})?"
 _EQUALS = re.compile(r"(?<![\\<>!:])=|\\equiv")
 # Commands that may stand in an expression of numbers alone.
 _NUMERIC_COMMAND = re.compile(r"\\(?:(?:[dt]?frac|sqrt|pi|cdot|times|div|pm|left|right|q?quad)(?![A-Za-z])|[^A-Za-z])")
+_TEXT = re.compile(r"\\(?:text|textbf|mathrm)\{([^{}]*)\}")
 _LETTER_OR_COMMAND = re.compile(r"[^\W\d_]|\\")
 
 
@@ -44,6 +45,28 @@ def judge(response: str, gold: str) -> Verdict:
     if extracted is not None and is_numeric_equation(extracted):
         return Verdict(False, "ok", extracted)
     return Verdict(_any_equal(parse_gold(gold), candidates), "ok", extracted)
+
+
+def judge_boxed(response: str, gold: str) -> Verdict:
+    r"""The verdict on the last \boxed{} alone: numbers on the way to an answer are none."""
+    boxed = last_boxed(answer_window(response))
+    return judge(f"\\boxed{{{boxed}}}", gold) if boxed else Verdict(False, "no_answer")
+
+
+def equal(first: str, second: str) -> bool:
+    """Whether two final answers are the same, in either order; an equation of numbers is like its own text alone."""
+    if first == second or is_numeric_equation(first) or is_numeric_equation(second):
+        return first == second
+    if _words(first) or _words(second):  # for math-verify letters are factors in any order: "east" would be "seat"
+        return _words(first) == _words(second)
+    one, other = parse_gold(first), parse_gold(second)
+    return _any_equal(one, list(other)) or _any_equal(other, list(one))
+
+
+def _words(text: str) -> str | None:
+    """An answer of letters alone, three or more, without its markup."""
+    plain = _TEXT.sub(r"\1", text).strip("$ ").casefold()
+    return plain if len(plain) > 2 and plain.replace(" ", "").isalpha() else None
 
 
 def answer_window(response: str) -> str:

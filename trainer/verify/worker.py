@@ -10,6 +10,8 @@ from collections.abc import Callable
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 
+from ipvrm_core.trainer.ending import die_with_parent
+from ipvrm_core.trainer.limits import limit_memory
 from ipvrm_core.trainer.verify.base import Verdict
 
 Judge = Callable[[str, str], "bool | Verdict"]
@@ -26,10 +28,13 @@ class JudgeError(Exception):
 
 
 class Worker:
-    """Judges one item at a time in a process that starts with the first item, and anew after a kill."""
+    """Judges one item at a time in a process that starts with the first item, and anew after a kill.
 
-    def __init__(self, path: str) -> None:
-        self._path = path
+    memory_gib: how much the process may take besides what it holds after its imports (Linux; elsewhere no limit).
+    """
+
+    def __init__(self, path: str, memory_gib: float = 2.0) -> None:
+        self._path, self._memory_gib = path, memory_gib
         self._process = None
         self._pipe: Connection | None = None
 
@@ -50,6 +55,8 @@ class Worker:
             self.stop()
             raise JudgeError(f"the worker process ended with exit code {code}") from error
         if failure is not None:
+            if failure.startswith(MemoryError.__name__):
+                self.stop()  # what filled it may be there still, and is not the next item's fault
             raise JudgeError(failure)
         return verdict
 
@@ -64,7 +71,7 @@ class Worker:
 
     def _start(self) -> None:
         self._pipe, remote = _spawn.Pipe()
-        self._process = _spawn.Process(target=_serve, args=(self._path, remote), daemon=True)
+        self._process = _spawn.Process(target=_serve, args=(self._path, self._memory_gib, remote), daemon=True)
         self._process.start()
         remote.close()
         failure = f"no sign of life within {START_TIMEOUT_S:.0f} s"
@@ -92,12 +99,14 @@ def load_judge(path: str) -> Judge:
     return judge
 
 
-def _serve(path: str, pipe: Connection) -> None:
+def _serve(path: str, memory_gib: float, pipe: Connection) -> None:
     """The life of a worker process: load, report, then one answer an item until the pipe closes."""
     # Ctrl-C reaches the whole process group; the parent decides what becomes of its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    die_with_parent()
     try:
         judge = load_judge(path)
+        limit_memory(memory_gib)
     except BaseException:
         pipe.send(traceback.format_exc())
         return
@@ -114,10 +123,12 @@ def _answer(judge: Judge, response: str, gold: str) -> tuple[Verdict | None, str
     """(verdict, None), or (None, what went wrong)."""
     try:
         result = judge(response, gold)
+        if isinstance(result, Verdict):
+            return result, None
+        value = result.item() if hasattr(result, "item") else result  # of NumPy and torch
+        if isinstance(value, bool | int | float) and value in (0, 1):
+            return Verdict(bool(value), "ok"), None
+        came = f"{str(result)[:80]} ({type(result).__name__})"
     except Exception as error:
         return None, f"{type(error).__name__}: {error}"
-    if isinstance(result, bool):
-        return Verdict(result, "ok"), None
-    if isinstance(result, Verdict):
-        return result, None
-    return None, f"a judge must return bool or Verdict; got {type(result).__name__}"
+    return None, f"a judge must return a bool, 0 or 1, or a Verdict; got {came}"
