@@ -3,7 +3,7 @@
 import torch
 
 from ipvrm_core.trainer.batching import Answer
-from ipvrm_core.trainer.collect import Collected
+from ipvrm_core.trainer.rl.collect import Collected
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.models import add_value_head
 

@@ -8,12 +8,12 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from ipvrm_core.trainer.benchmarks import PRESETS, preset_settings
+from ipvrm_core.trainer.data.known_sets import KNOWN_SETS, preset_settings
 from ipvrm_core.trainer.config import ConfigError, Source, check
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.sources import by_group, read_source
 from ipvrm_core.trainer.evaluation.accuracy import Judged, accuracy, average
-from ipvrm_core.trainer.prompts import encode_prompt
+from ipvrm_core.trainer.text.prompts import encode_prompt
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 ASKED = "\n\nPresent the answer in LaTex format: \\boxed{Your answer}"
@@ -35,12 +35,12 @@ def test_a_preset_is_its_settings_and_what_is_given_goes_before_them():
     assert source(path="x.jsonl").prompt_column == "prompt"
 
 
-@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("preset", KNOWN_SETS)
 def test_every_preset_has_settings_that_a_source_knows(preset):
     found = source(path="x.jsonl", preset=preset)
-    assert {name: getattr(found, name) for name in PRESETS[preset]} == PRESETS[preset]
+    assert {name: getattr(found, name) for name in KNOWN_SETS[preset]} == KNOWN_SETS[preset]
     preset_settings(preset).clear()
-    assert PRESETS[preset]
+    assert KNOWN_SETS[preset]
 
 
 @pytest.mark.parametrize("name", ["gsm", 5, ["gsm8k"]])

@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from ipvrm_core.trainer import cli
+from ipvrm_core.trainer.commands import main as cli
 from ipvrm_core.trainer.config import check
 from ipvrm_core.trainer.data.tasks import ChainTask
 from ipvrm_core.trainer.evaluation import sampled_answers

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("pydantic")
 
-from ipvrm_core.trainer import cli
+from ipvrm_core.trainer.commands import main as cli
 from ipvrm_core.trainer.evaluation import best_of_n
 from ipvrm_core.trainer.evaluation.best_of_n import best_of, majority, pass_at, weighted_vote
 from ipvrm_core.trainer.evaluation.equal_answers import math_equality, merge_equal

@@ -13,7 +13,8 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("pyarrow")
 
-from ipvrm_core.trainer import cli, files
+from ipvrm_core.trainer import files
+from ipvrm_core.trainer.commands import main as cli
 from ipvrm_core.trainer.evaluation import token_scores
 from ipvrm_core.trainer.evaluation.processbench_files import read_scores
 from tests.tiny_models import ROWS, made_up, model, saved, value_model
@@ -36,7 +37,7 @@ def killing(source, target):
         os.kill(os.getpid(), signal.SIGKILL)
     replace(source, target)
 os.replace = killing
-from ipvrm_core.trainer.cli import main
+from ipvrm_core.trainer.commands.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

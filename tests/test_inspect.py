@@ -12,9 +12,9 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("jinja2")
 
-from ipvrm_core.trainer import cli
+from ipvrm_core.trainer.commands import main as cli
 from ipvrm_core.trainer.batching import Answer
-from ipvrm_core.trainer.evaluation.rendering import Format
+from ipvrm_core.trainer.text.steps import Format
 from ipvrm_core.trainer.evaluation.token_scores import Scorer, token_scores
 from ipvrm_core.trainer.models import add_value_head, save_model
 from ipvrm_core.trainer.report.inspection import inspect, token_texts, write_page

@@ -5,7 +5,7 @@ from dataclasses import fields
 
 import pytest
 
-from ipvrm_core.method import PRESETS, Preset
+from ipvrm_core.method import METHODS, Method
 from ipvrm_core.reference.candidates import candidate_slots, select_candidates_from_logits
 from ipvrm_core.types import PolicyLossConfig
 
@@ -24,8 +24,8 @@ TABLE = {
     "skip_last_token": (False, True),
     "sigma_scope": ("minibatch", "batch"),
     "sigma_form": ("std_plus_eps", "floored_std"),
-    "gae_normalize": ("group", "batch"),
-    "gae_coef": (1.0, 0.05),
+    "process_normalize": ("group", "batch"),
+    "process_coef": (1.0, 0.05),
     "outcome": ("grpo", "grpo"),
     "estimator": ("gae", "gae"),
     "gamma": (1.0, 1.0),
@@ -49,18 +49,18 @@ TABLE = {
 
 @pytest.mark.parametrize("setting", TABLE)
 def test_setting(setting):
-    assert (getattr(PRESETS["paper"], setting), getattr(PRESETS["official"], setting)) == TABLE[setting]
+    assert (getattr(METHODS["paper"], setting), getattr(METHODS["official"], setting)) == TABLE[setting]
 
 
 def test_the_table_holds_every_setting_and_there_are_two_presets():
-    assert {field.name for field in fields(Preset)} == set(TABLE)
-    assert list(PRESETS) == ["paper", "official"]
-    assert PRESETS["paper"] == Preset()
+    assert {field.name for field in fields(Method)} == set(TABLE)
+    assert list(METHODS) == ["paper", "official"]
+    assert METHODS["paper"] == Method()
 
 
 def test_loss_config():
-    assert PRESETS["paper"].loss_config() == PolicyLossConfig()
-    assert PRESETS["official"].loss_config(temperature=0.7) == PolicyLossConfig(
+    assert METHODS["paper"].loss_config() == PolicyLossConfig()
+    assert METHODS["official"].loss_config(temperature=0.7) == PolicyLossConfig(
         alpha=0.1,
         clip_low=0.2,
         clip_high=0.28,
@@ -72,7 +72,7 @@ def test_loss_config():
         kl_coef=0.0,
         entropy_coef=0.0,
     )
-    assert PRESETS["official"].loss_config(alpha=0.0, kl_coef=0.2) == PolicyLossConfig(
+    assert METHODS["official"].loss_config(alpha=0.0, kl_coef=0.2) == PolicyLossConfig(
         alpha=0.0, dual_clip=3.0, candidate_clip_high=0.2, candidate_dual_clip=3.0, kl_coef=0.2
     )
 
@@ -82,6 +82,6 @@ def test_candidate_rule_is_what_select_candidates_takes():
         ("paper", {"p_min": 0.1, "strict": False, "top_k": None, "keep_sampled": False}, 10),
         ("official", {"p_min": 0.1, "strict": True, "top_k": 5, "keep_sampled": True}, 6),
     ):
-        assert PRESETS[preset].candidate_rule() == rule
+        assert METHODS[preset].candidate_rule() == rule
         assert set(rule) <= set(inspect.signature(select_candidates_from_logits).parameters)
         assert candidate_slots(rule["p_min"], top_k=rule["top_k"], keep_sampled=rule["keep_sampled"]) == slots

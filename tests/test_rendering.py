@@ -5,7 +5,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("pyarrow")
 
-from ipvrm_core.trainer.evaluation.rendering import Format, render, token_steps
+from ipvrm_core.trainer.text.steps import Format, render, token_steps
 from tests.tiny_models import TEMPLATE, tokenizer
 
 

@@ -5,7 +5,7 @@ import torch
 
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.evaluation.candidate_credit import candidate_credit, true_tokens
-from ipvrm_core.trainer.rollouts import Sample
+from ipvrm_core.trainer.sampling.generate import Sample
 
 
 class _Table(torch.nn.Module):

@@ -7,7 +7,7 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("matplotlib")
 
-from ipvrm_core.trainer import cli
+from ipvrm_core.trainer.commands import main as cli
 from ipvrm_core.trainer.config import Scratch, check
 from ipvrm_core.trainer.data.tasks import ChainTask
 from ipvrm_core.trainer.models import build_scratch, character_tokenizer, save_model

@@ -13,7 +13,7 @@ import jinja2
 import pytest
 from safetensors import SafetensorError
 
-from ipvrm_core.trainer import cli
+from ipvrm_core.trainer.commands import main as cli
 from ipvrm_core.trainer.config import Config, Section, load
 
 
@@ -170,7 +170,7 @@ def test_a_signal_is_one_line(number, monkeypatch, capsys):
 def test_a_reader_that_goes_away_is_no_failure():
     """`ipvrm config | head -1`, with a head that is sure to be gone."""
     root = Path(__file__).resolve().parents[1]
-    code = "import sys; sys.stdin.read(); from ipvrm_core.trainer.cli import main; sys.exit(main(['config']))"
+    code = "import sys; sys.stdin.read(); from ipvrm_core.trainer.commands.main import main; sys.exit(main(['config']))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )

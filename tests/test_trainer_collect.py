@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from ipvrm_core import PRESETS, outcome_advantages
+from ipvrm_core import METHODS, outcome_advantages
 from ipvrm_core.trainer import collect as collecting
-from ipvrm_core.trainer.collect import Collected, collect
-from ipvrm_core.trainer.rollouts import Sample
+from ipvrm_core.trainer.rl.collect import Collected, collect
+from ipvrm_core.trainer.sampling.generate import Sample
 from ipvrm_core.trainer.verify import Verdict
 
-PAPER = PRESETS["paper"]
+PAPER = METHODS["paper"]
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ipvrm_core.method import PRESETS, Preset
+from ipvrm_core.method import METHODS, Method
 from ipvrm_core.trainer.config import Chats, ConfigError, check, load
 from ipvrm_core.trainer.pipeline import jobs_of
 
@@ -40,8 +40,8 @@ def test_a_preset_fills_what_the_file_leaves_open(base):
     assert config.rm["ipvrm"].build().beta == 10.0
     assert config.rl["grpo"].reward_model is None
     distrl = config.rl["distrl"].resolved()
-    assert (distrl.alpha, distrl.gae_coef) == (1.0, 0.0)
-    assert distrl.p_min == PRESETS["paper"].p_min
+    assert (distrl.alpha, distrl.process_coef) == (1.0, 0.0)
+    assert distrl.p_min == METHODS["paper"].p_min
 
 
 def test_the_least_configuration_has_defaults():
@@ -281,8 +281,8 @@ def test_bfloat16_is_possible_with_and_without_lora(base):
 WRONG = {float: "much", int: 1.5, bool: "perhaps", str: "nonsense"}
 
 
-@pytest.mark.parametrize("field", fields(Preset), ids=lambda field: field.name)
-@pytest.mark.parametrize("preset", sorted(PRESETS))
+@pytest.mark.parametrize("field", fields(Method), ids=lambda field: field.name)
+@pytest.mark.parametrize("preset", sorted(METHODS))
 def test_every_field_of_a_preset_is_checked_and_reaches_the_method(field, preset):
     """A value of another type is refused with the whole key; the value of the other preset is accepted and arrives."""
 
@@ -294,16 +294,16 @@ def test_every_field_of_a_preset_is_checked_and_reaches_the_method(field, preset
     assert f"rl.x.method.{field.name}" in str(caught.value)
     assert "got ['nonsense']" in str(caught.value)
 
-    (other,) = set(PRESETS) - {preset}
+    (other,) = set(METHODS) - {preset}
     if field.name in ("prompts", "keep_prompts"):  # they depend on each other
         other = preset
-    value = getattr(PRESETS[other], field.name)
+    value = getattr(METHODS[other], field.name)
     if field.name == "offline_margin":  # would be ignored there, so it is refused
         with pytest.raises(ConfigError, match=r"method\.offline_margin belongs to the reward model"):
             with_method(value)
         return
     rl = with_method(value).rl["x"]
-    assert asdict(rl.resolved()) == {**asdict(PRESETS[preset]), field.name: value}
+    assert asdict(rl.resolved()) == {**asdict(METHODS[preset]), field.name: value}
     assert rl.method == asdict(rl.resolved())
 
 

@@ -6,21 +6,21 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ipvrm_core import PRESETS, Candidates, outcome_advantages
+from ipvrm_core import METHODS, Candidates, outcome_advantages
 from ipvrm_core.objectives.ipvrm import Ipvrm
 from ipvrm_core.reference.candidates import select_candidates_from_logits
 from ipvrm_core.reference.policy_loss import distrl_loss_from_logits
 from ipvrm_core.trainer import credit as crediting
 from ipvrm_core.trainer.batching import Answer
-from ipvrm_core.trainer.collect import Collected
+from ipvrm_core.trainer.rl.collect import Collected
 from ipvrm_core.trainer.config import Optim, RlRewardModel
-from ipvrm_core.trainer.credit import OldPolicy, assign, old_policy, update_reward_model
+from ipvrm_core.trainer.rl.credit import OldPolicy, assign, old_policy, update_reward_model
 from ipvrm_core.trainer.optim import make_optimizer
-from ipvrm_core.trainer.policy_update import _minibatches, _one_step, make_policy_batch
+from ipvrm_core.trainer.rl.policy_update import _minibatches, _one_step, make_policy_batch
 from ipvrm_core.trainer.reward import backward_reward_loss, sampled_logprobs
 from tests.batches import at_limit, full_logits, two_prompts
 
-PAPER, OFFICIAL = PRESETS["paper"], PRESETS["official"]
+PAPER, OFFICIAL = METHODS["paper"], METHODS["official"]
 
 
 @pytest.fixture
@@ -92,7 +92,7 @@ def test_td_errors_against_the_start(tiny_experiment, tiny_model, batch, tempera
     """td_reference = "sft": beta (log pi_phi - log pi_start), of the sampled token and of every candidate."""
     experiment = tiny_experiment(generation={"temperature": temperature})
     model, reward_model, start = (tiny_model(number, 12.0) for number in (1, 2, 3))
-    preset = replace(PAPER, td_reference="sft", estimator="td", gae_normalize="batch")
+    preset = replace(PAPER, td_reference="sft", estimator="td", process_normalize="batch")
     old = old_policy(experiment, model, preset, batch)
     credit = assign(experiment, preset, batch, old, reward_model, Ipvrm(beta=3.0), None, start)
     logp_NV, start_NV = (
@@ -143,7 +143,7 @@ def test_credit_by_the_written_formulas(tiny_experiment, tiny_model, batch, pres
         process = (process - process.mean()) / (process.var() + 1e-8).sqrt()
     outcome = outcome_advantages(batch.rewards_B, batch.groups_B).double()
     lengths = torch.tensor([span.stop - span.start for span in spans])
-    expected = outcome.repeat_interleave(lengths) + preset.gae_coef * process
+    expected = outcome.repeat_interleave(lengths) + preset.process_coef * process
     torch.testing.assert_close(credit.advantages_N.double(), expected, rtol=1e-3, atol=1e-3)
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ipvrm_core import PRESETS
+from ipvrm_core import METHODS
 from ipvrm_core.objectives.endorm import Endorm
 from ipvrm_core.objectives.ipvrm import Ipvrm
 from ipvrm_core.objectives.prime import Prime
@@ -18,13 +18,13 @@ from ipvrm_core.sequences.advantages import (
     rloo_advantages,
 )
 from ipvrm_core.sequences.segments import expand
-from ipvrm_core.trainer.collect import Collected
-from ipvrm_core.trainer.credit import assign, old_policy
-from ipvrm_core.trainer.policy_update import make_policy_batch
+from ipvrm_core.trainer.rl.collect import Collected
+from ipvrm_core.trainer.rl.credit import assign, old_policy
+from ipvrm_core.trainer.rl.policy_update import make_policy_batch
 from ipvrm_core.trainer.reward import sampled_logprobs, scores
 from tests.batches import CU, LENGTHS, two_prompts, with_value_head
 
-PAPER = PRESETS["paper"]
+PAPER = METHODS["paper"]
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_outcomes(assigned, batch):
 def test_td_mc_and_gae_by_loops(assigned, batch, estimator, normalize):
     """delta normalised over the prompt's tokens (or the batch, by sigma_V); then its sum from t on, discounted."""
     discount = {"mc": {"gamma": 0.9}, "gae": {"gamma": 0.9, "lam": 0.5}}.get(estimator, {})
-    settings = {"estimator": estimator, "gae_coef": 0.7, "gae_normalize": normalize, "outcome": "rloo", **discount}
+    settings = {"estimator": estimator, "process_coef": 0.7, "process_normalize": normalize, "outcome": "rloo", **discount}
     credit, delta = assigned(Ipvrm(beta=3.0), **settings)
     x = delta.double().clone()
     if normalize == "group":
@@ -91,7 +91,7 @@ def test_gae_with_its_defaults_is_mc_to_the_bit(assigned):
 @pytest.mark.parametrize("skip", [False, True])
 def test_prime(assigned, batch, skip):
     """The whole advantage, whitened. PRIME's code leaves out the last token's reward: method.skip_last_token."""
-    credit, delta = assigned(Prime(), estimator="prime", outcome="rloo", gae_coef=0.4, skip_last_token=skip)
+    credit, delta = assigned(Prime(), estimator="prime", outcome="rloo", process_coef=0.4, skip_last_token=skip)
     if skip:
         delta = delta.clone()
         delta[CU[1:] - 1] = 0.0
@@ -102,7 +102,7 @@ def test_prime(assigned, batch, skip):
 
 
 def test_masked_step_advantages_of_a_reward_model(assigned, batch):
-    credit, delta = assigned(Ipvrm(), estimator="msa", gae_coef=0.3)
+    credit, delta = assigned(Ipvrm(), estimator="msa", process_coef=0.3)
     outcome = expand(outcome_advantages(batch.rewards_B, batch.groups_B), CU, len(delta))
     expected = outcome + 0.3 * masked_step_advantages(delta, CU, batch.groups_B)
     torch.testing.assert_close(credit.advantages_N, expected, rtol=1e-4, atol=1e-4)
@@ -110,7 +110,7 @@ def test_masked_step_advantages_of_a_reward_model(assigned, batch):
 
 def test_spro_takes_the_policy_against_the_start(assigned, batch):
     ref_N = -torch.rand(sum(LENGTHS))
-    credit, own = assigned(None, ref_N, estimator="msa", gae_coef=0.3)
+    credit, own = assigned(None, ref_N, estimator="msa", process_coef=0.3)
     outcome = expand(outcome_advantages(batch.rewards_B, batch.groups_B), CU, len(own))
     expected = outcome + 0.3 * masked_step_advantages(own - ref_N, CU, batch.groups_B)
     torch.testing.assert_close(credit.advantages_N, expected, rtol=1e-5, atol=1e-5)
@@ -119,7 +119,7 @@ def test_spro_takes_the_policy_against_the_start(assigned, batch):
 
 def test_credit_of_a_value_head(assigned, batch):
     """beta Z of the sampled tokens; nothing for the candidates, and a policy batch without them."""
-    credit, delta = assigned(Qrm(beta=0.5), estimator="td", alpha=0.0, gae_coef=2.0)
+    credit, delta = assigned(Qrm(beta=0.5), estimator="td", alpha=0.0, process_coef=2.0)
     x = delta.double().clone()
     for rows in (slice(0, CU[3]), slice(CU[3], CU[6])):
         x[rows] = (x[rows] - x[rows].mean()) / (x[rows].std(unbiased=False) + 1e-6)

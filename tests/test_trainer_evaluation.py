@@ -13,7 +13,7 @@ from ipvrm_core.trainer.evaluation import accuracy, rank_analysis
 from ipvrm_core.trainer.evaluation.candidate_statistics import candidate_statistics
 from ipvrm_core.trainer.evaluation.rank_analysis import Prefix, rank_auc
 from ipvrm_core.trainer.evaluation.token_scores import Scorer
-from ipvrm_core.trainer.rollouts import Sample
+from ipvrm_core.trainer.sampling.generate import Sample
 from ipvrm_core.trainer.verify import Verdict
 
 

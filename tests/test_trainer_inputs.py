@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from ipvrm_core.trainer import cli, inputs
+from ipvrm_core.trainer import inputs
+from ipvrm_core.trainer.commands import main as cli
 from ipvrm_core.trainer.config import ConfigError, check
 from tests import chats
 

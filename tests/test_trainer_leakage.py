@@ -6,7 +6,8 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from ipvrm_core.trainer import cli, leakage, preflight
+from ipvrm_core.trainer import leakage, preflight
+from ipvrm_core.trainer.commands import main as cli
 from ipvrm_core.trainer.config import check
 from ipvrm_core.trainer.data.chats import load_chats
 from ipvrm_core.trainer.experiment import Experiment

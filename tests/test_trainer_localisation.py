@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipvrm_core.trainer.evaluation.localisation import best_f1, f1_at, predict
-from ipvrm_core.trainer.evaluation.rendering import token_steps
+from ipvrm_core.trainer.text.steps import token_steps
 from ipvrm_core.trainer.reward import answer_scores, auc
 
 # Two erroneous traces (first wrong step 1 and 0) and two correct ones.

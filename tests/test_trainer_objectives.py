@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ipvrm_core import PRESETS, objectives
+from ipvrm_core import METHODS, objectives
 from ipvrm_core.trainer.config import ConfigError, check
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.models import load_pretrained
@@ -16,7 +16,7 @@ from ipvrm_core.trainer.phases import distrl, evaluate, rollout, sft, train_rm
 from ipvrm_core.trainer.reward import sampled_logprobs
 from tests.tiny_runs import BASE, METHOD
 
-PAPER = PRESETS["paper"]
+PAPER = METHODS["paper"]
 
 
 # ---- what a configuration may combine
@@ -181,7 +181,7 @@ def test_the_training_free_reward_model_is_the_start(through, start):
         {"objective": "qrm", "alpha": 0.0, "estimator": "td", "outcome": "reinforce"},
         {"objective": "endorm", "gamma": 0.95},
         {"objective": "prime", "update": "before", "estimator": "prime", "outcome": "rloo", "td_reference": "sft"},
-        {"objective": "repirl", "update": "before", "outcome": "rloo", "gae_coef": 0.1, "online_reference": "sft"},
+        {"objective": "repirl", "update": "before", "outcome": "rloo", "process_coef": 0.1, "online_reference": "sft"},
         {"objective": "repirl", "update": "after", "rm": {"args": {"head": "value"}}, "alpha": 0.0},
         {"objective": None, "estimator": "msa"},
     ],

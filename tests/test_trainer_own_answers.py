@@ -14,7 +14,7 @@ from ipvrm_core.trainer.evaluation import own_answers
 from ipvrm_core.trainer.evaluation.own_answers import OwnAnswers, as_traces, best_of_n, sample_own
 from ipvrm_core.trainer.evaluation.reward_model import judge
 from ipvrm_core.trainer.reward import sampled_logprobs
-from ipvrm_core.trainer.rollouts import Sample
+from ipvrm_core.trainer.sampling.generate import Sample
 from ipvrm_core.trainer.verify import Verdict
 
 START = torch.nn.Identity()  # the policy that wrote the answers, where only its identity matters

@@ -75,11 +75,11 @@ def test_when_the_reward_model_is_updated(train):
 
 
 def test_without_its_two_coefficients_distrl_is_grpo(train):
-    """alpha = 0 and gae_coef = 0: the reward model has no say, and the weights are those of GRPO to the bit."""
+    """alpha = 0 and process_coef = 0: the reward model has no say, and the weights are those of GRPO to the bit."""
     _, plain = train()
-    _, silent = train(reward_model=_reward_model("none"), method={"alpha": 0.0, "gae_coef": 0.0})
+    _, silent = train(reward_model=_reward_model("none"), method={"alpha": 0.0, "process_coef": 0.0})
     _, speaking = train(reward_model=_reward_model("none"), method={"alpha": 0.0})
-    _, distribution = train(reward_model=_reward_model("none"), method={"alpha": 1.0, "gae_coef": 0.0})
+    _, distribution = train(reward_model=_reward_model("none"), method={"alpha": 1.0, "process_coef": 0.0})
     assert _digest(silent) == _digest(plain)
     assert len({_digest(plain), _digest(speaking), _digest(distribution)}) == 3
 

@@ -6,12 +6,12 @@ import time
 import pytest
 
 from ipvrm_core.trainer import chat_template
-from ipvrm_core.trainer.cli import main
+from ipvrm_core.trainer.commands.main import main
 from ipvrm_core.trainer.config import ConfigError, Source, check
 from ipvrm_core.trainer.data.files import load_examples
 from ipvrm_core.trainer.models import character_tokenizer
 from ipvrm_core.trainer.preflight import preflight
-from ipvrm_core.trainer.prompts import encode_prompt
+from ipvrm_core.trainer.text.prompts import encode_prompt
 
 # ---- the configuration
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from ipvrm_core.trainer.cli import main
+from ipvrm_core.trainer.commands.main import main
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -62,7 +62,7 @@ def killing(source, target):
         os.kill(os.getpid(), signal.SIGKILL)
     rename(source, target)
 os.rename = killing
-from ipvrm_core.trainer.cli import main
+from ipvrm_core.trainer.commands.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -79,7 +79,7 @@ def stopping(self, step, **numbers):
     if left[0] == 0:
         os.kill(os.getpid(), signal.SIGSTOP)
 MetricsLog.log = stopping
-from ipvrm_core.trainer.cli import main
+from ipvrm_core.trainer.commands.main import main
 sys.exit(main(sys.argv[1:]))
 """
 
@@ -122,7 +122,7 @@ class Runs:
     def words(self, phase: str, run: Path, *more: str) -> list[str]:
         return [phase, str(self.config), *more, "--run", str(run)]
 
-    def start(self, phase: str, *, resume: bool, program=("-m", "ipvrm_core.trainer.cli")) -> subprocess.Popen:
+    def start(self, phase: str, *, resume: bool, program=("-m", "ipvrm_core.trainer.commands.main")) -> subprocess.Popen:
         words = self.words(phase, self.b, *(["--resume"] if resume else []))
         log = open(self.b.with_suffix(".txt"), "a")  # noqa: SIM115 - the process owns it
         with log:
@@ -178,7 +178,7 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
     made = Runs(tmp_path_factory.mktemp("runs"))
-    chain = [shlex.join([sys.executable, "-m", "ipvrm_core.trainer.cli", *made.words(p, made.a)]) for p in PHASES]
+    chain = [shlex.join([sys.executable, "-m", "ipvrm_core.trainer.commands.main", *made.words(p, made.a)]) for p in PHASES]
     log = made.a.with_suffix(".txt")
     with open(log, "w") as output:
         straight = subprocess.Popen(  # beside run B

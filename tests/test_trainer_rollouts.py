@@ -8,7 +8,7 @@ import torch
 from ipvrm_core.trainer.config import Lora
 from ipvrm_core.trainer.models import add_lora, character_tokenizer
 from ipvrm_core.trainer.phases.rollout import cost
-from ipvrm_core.trainer.rollouts import generate
+from ipvrm_core.trainer.sampling.generate import generate
 
 TOKENIZER = character_tokenizer("0123456789+-*=;#?")
 PROMPTS = [TOKENIZER(text)["input_ids"] for text in ("1+2?", "7*3-4?", "5-5+0*9?", "8?")]
@@ -184,7 +184,7 @@ def test_an_unknown_character_is_an_error():
 def test_samples_of_a_task_are_verified(tiny_experiment, tiny_model):
     """Reference solutions, right and spoilt, as if the model had said them: verdicts in the order of the samples."""
     from ipvrm_core.trainer.evaluation.accuracy import _all_steps
-    from ipvrm_core.trainer.rollouts import Sample
+    from ipvrm_core.trainer.sampling.generate import Sample
 
     experiment = tiny_experiment()
     examples = experiment.test_examples(4)

@@ -252,7 +252,7 @@ def test_boxed_takes_nothing_but_the_last_box(math):
 def test_an_unfinished_answer_is_wrong_unseen_where_that_is_asked_for():
     from ipvrm_core.trainer.evaluation.sampled_answers import Asker
     from ipvrm_core.trainer.phases.rollout import judged
-    from ipvrm_core.trainer.rollouts import Sample
+    from ipvrm_core.trainer.sampling.generate import Sample
 
     samples = [Sample([1], [2], [0.0], finished) for finished in (True, False, True)]
     for unfinished, expected in (("judge", ["ok"] * 3), ("wrong", ["ok", "unfinished", "ok"])):

@@ -22,8 +22,9 @@ from ipvrm_core import (
     linear_td_errors,
     select_candidates,
 )
-from ipvrm_core.heads import causal_lm
 from ipvrm_core.trainer.batching import Answer, TokenBatch, micro_batches
+from ipvrm_core.trainer.models.head import value_head_of
+from ipvrm_core.trainer.progress import Progress
 
 AtHead = Callable[[Tensor, Head], Any]  # (hidden states of the response rows [n, D], head) -> anything
 
@@ -53,7 +54,7 @@ class LanguageModel(nn.Module):
 
     @property
     def value_head(self) -> nn.Linear | None:
-        return getattr(causal_lm(self.model), "value_head", None)
+        return value_head_of(self.model)
 
     def forward(self, batch: TokenBatch, at_head: AtHead) -> Any:
         """at_head(hidden states of the batch's rows, head), computed inside the model's own forward."""
@@ -67,8 +68,8 @@ class LanguageModel(nn.Module):
 
     # ---- one micro-batch, with a gradient
 
-    def batch(self, answers: Sequence[Answer], *, after: bool = False) -> TokenBatch:
-        return TokenBatch.make(answers, self.device, after=after)
+    def batch(self, answers: Sequence[Answer], **how) -> TokenBatch:
+        return TokenBatch.make(answers, self.device, **how)
 
     def batch_logprobs(self, batch: TokenBatch) -> Tensor:
         """log pi(y_t | s_t) of the response tokens: [n]."""
@@ -101,9 +102,9 @@ class LanguageModel(nn.Module):
 
     # ---- any number of answers, without a gradient
 
-    def logprobs(self, answers: Sequence[Answer]) -> Tensor:
-        """log pi(y_t | s_t), packed [N]."""
-        return self._map(answers, lambda batch, rows: (self.batch_logprobs(batch),))[0]
+    def logprobs(self, answers: Sequence[Answer], **how) -> Tensor:
+        """log pi(y_t | s_t), packed [N]. label: of long work; unseen: see TokenBatch."""
+        return self._map(answers, lambda batch, rows: (self.batch_logprobs(batch),), **how)[0]
 
     def slot_logprobs(self, answers: Sequence[Answer], ids_NS: Tensor) -> Tensor:
         """log pi(id | s_t) at any ids [N, S], 0 at padding."""
@@ -144,13 +145,20 @@ class LanguageModel(nn.Module):
         answers: Sequence[Answer],
         function: Callable[[TokenBatch, slice], Iterable[Tensor]],
         *,
-        after: bool = False,
+        label: str | None = None,
+        **how,
     ) -> list[Tensor]:
-        """function(micro-batch, its slice of the packed rows) -> tensors [n, ...]; concatenated."""
+        """function(micro-batch, its slice of the packed rows) -> tensors [n, ...]; concatenated.
+
+        label: of long work, which then says how far it has come. how: see TokenBatch.make.
+        """
         pieces, row = [], 0
-        for part in micro_batches(answers, self.max_tokens):
-            batch = self.batch(answers[part], after=after)
-            rows = slice(row, row + len(batch.targets_N))
-            row = rows.stop
-            pieces.append(function(batch, rows))
+        with Progress(label, len(answers), unit="answer") if label else nullcontext() as shown:
+            for part in micro_batches(answers, self.max_tokens):
+                batch = self.batch(answers[part], **how)
+                rows = slice(row, row + len(batch.targets_N))
+                row = rows.stop
+                pieces.append(function(batch, rows))
+                if shown:
+                    shown.update(part.stop - part.start)
         return [torch.cat(column) for column in zip(*pieces, strict=True)]

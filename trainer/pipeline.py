@@ -106,7 +106,7 @@ def _start(job: Job, run_folder: Path, logs: Path, parallel: int) -> subprocess.
     command = [
         sys.executable,
         "-m",
-        "ipvrm_core.trainer.cli",
+        "ipvrm_core.trainer.commands.main",
         "--with-parent",
         *job.words,
         str(run_folder / "config.json"),

@@ -9,7 +9,7 @@ from ipvrm_core.trainer.config import Config, ConfigError, Scratch, Source
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.sources import read_source
 from ipvrm_core.trainer.data.tasks import make_task
-from ipvrm_core.trainer.prompts import encode_prompt
+from ipvrm_core.trainer.text.prompts import encode_prompt
 from ipvrm_core.trainer.verify import JUDGES
 from ipvrm_core.trainer.verify.worker import load_judge
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ipvrm_core.trainer.benchmarks import PRESETS, preset_settings
+from ipvrm_core.trainer.data.known_sets import KNOWN_SETS, preset_settings
 from ipvrm_core.trainer.config.base import Positive, Section
 from ipvrm_core.trainer.data.files import SUFFIXES, compiled, data_suffix
 from ipvrm_core.trainer.data.tasks import make_task
@@ -19,7 +19,7 @@ class Source(Section):
     config: str | None = Field(None, description="which configuration, for a data set by name")
     split: str | None = Field(None, description="which split, for a data set by name")
     preset: str | None = Field(
-        None, description=f"columns and prompt of a known set ({', '.join(PRESETS)}); settings given here go before it"
+        None, description=f"columns and prompt of a known set ({', '.join(KNOWN_SETS)}); settings given here go before it"
     )
     prompt_column: str | list[str] = Field("prompt", description="one column, or several to be joined")
     answer_column: str = "answer"

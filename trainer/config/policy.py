@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ipvrm_core.method import PRESETS, Preset
+from ipvrm_core.method import METHODS, Method
 from ipvrm_core.reference.candidates import candidate_slots
 from ipvrm_core.trainer.config.base import Positive, Section, checked
 from ipvrm_core.trainer.config.training import Optim
@@ -50,7 +50,7 @@ class Rl(Section):
         if preset.rollouts < 2:
             raise ValueError(f"rollouts must be >= 2 for a group to have a spread; got {preset.rollouts}")
         for name in ("beta", "offline_margin"):
-            if getattr(preset, name) != getattr(PRESETS[self.preset], name):
+            if getattr(preset, name) != getattr(METHODS[self.preset], name):
                 raise ValueError(f"method.{name} belongs to the reward model: set it in rm.<name>.args")
         self._check_estimator(preset)
         self._check_accuracy_range(preset)
@@ -58,7 +58,7 @@ class Rl(Section):
         self.__dict__["method"] = asdict(preset)  # resolved: what config.json shows is what runs
         return self
 
-    def _check_sizes(self, preset: Preset) -> None:
+    def _check_sizes(self, preset: Method) -> None:
         """ValueError for a rule that cannot be, and for sizes that are a slip of the finger."""
         if 0 < preset.p_min < 1 / MOST:
             raise ValueError(f"method.p_min must be at least {1 / MOST:g}; got {preset.p_min}")
@@ -67,7 +67,7 @@ class Rl(Section):
             if getattr(preset, name) > MOST:
                 raise ValueError(f"method.{name} must be at most {MOST}; got {getattr(preset, name)}")
 
-    def _check_estimator(self, preset: Preset) -> None:
+    def _check_estimator(self, preset: Method) -> None:
         """ValueError for settings that the estimator could not follow."""
         estimator = preset.estimator
         if estimator in ("td", "mc", "prime") and self.reward_model is None:
@@ -84,7 +84,7 @@ class Rl(Section):
                     f"got {getattr(preset, name)}"
                 )
 
-    def _check_accuracy_range(self, preset: Preset) -> None:
+    def _check_accuracy_range(self, preset: Method) -> None:
         """ValueError for a range that keeps no prompt, or prompts outside that would be filled in all the same."""
         low, high = given = preset.accuracy_range
         if not 0 <= low <= high <= 1:
@@ -100,6 +100,6 @@ class Rl(Section):
                 "complete the batch with prompts outside of it; got 'fill'"
             )
 
-    def resolved(self) -> Preset:
+    def resolved(self) -> Method:
         """The preset with `method` applied."""
-        return checked(Preset, {**asdict(PRESETS[self.preset]), **self.method}, "method")
+        return checked(Method, {**asdict(METHODS[self.preset]), **self.method}, "method")

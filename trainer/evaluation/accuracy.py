@@ -10,7 +10,7 @@ from ipvrm_core.trainer.data.sources import by_group
 from ipvrm_core.trainer.evaluation.best_of_n import pass_at
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.phases.rollout import sample_and_verify
-from ipvrm_core.trainer.rollouts import Sample
+from ipvrm_core.trainer.sampling.generate import Sample
 from ipvrm_core.trainer.verify import Verdict
 
 

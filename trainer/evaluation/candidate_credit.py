@@ -14,7 +14,7 @@ from ipvrm_core.trainer.batching import Answer, map_rows
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.models import head_of
-from ipvrm_core.trainer.rollouts import Sample
+from ipvrm_core.trainer.sampling.generate import Sample
 
 
 def true_tokens(experiment: Experiment, examples: Sequence[Example], samples: Sequence[Sample]) -> torch.Tensor:

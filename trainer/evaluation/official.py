@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ipvrm_core.trainer.evaluation.localisation import F1, Sweep
-from ipvrm_core.trainer.evaluation.rendering import Format, chat_text
+from ipvrm_core.trainer.text.steps import Format, chat_text
 
 COEFFICIENT = 0.001
 THRESHOLDS = 1000

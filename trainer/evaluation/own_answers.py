@@ -18,7 +18,7 @@ from ipvrm_core.trainer.evaluation.stored_answers import Stored, evaluate
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.phases.rollout import generation_settings, sample_and_verify
 from ipvrm_core.trainer.reward import answer_scores, needs_reference, sampled_logprobs, scores
-from ipvrm_core.trainer.rollouts import Sample
+from ipvrm_core.trainer.sampling.generate import Sample
 from ipvrm_core.trainer.verify import JUDGES, Verdict
 
 

@@ -16,7 +16,7 @@ from ipvrm_core.trainer.evaluation.token_scores import Scorer, token_scores
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.phases.rollout import judged
 from ipvrm_core.trainer.reward import auc
-from ipvrm_core.trainer.rollouts import generate
+from ipvrm_core.trainer.sampling.generate import generate
 
 FRACTIONS = (0.25, 0.5, 0.75)
 

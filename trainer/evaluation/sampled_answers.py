@@ -21,7 +21,7 @@ from ipvrm_core.trainer.files import locked, write_json
 from ipvrm_core.trainer.metrics import peak_memory_mb
 from ipvrm_core.trainer.phases.rollout import sample_and_verify
 from ipvrm_core.trainer.progress import progress
-from ipvrm_core.trainer.prompts import encode_prompt
+from ipvrm_core.trainer.text.prompts import encode_prompt
 from ipvrm_core.trainer.seeds import stable_seed
 from ipvrm_core.trainer.verify import Verifier
 

@@ -34,14 +34,9 @@ def run(experiment: Experiment, resume: bool = False) -> None:
             training.uses(answers, examples=[example.id for example in examples])
             tokens = sum(len(answer.response_ids) for answer in answers)
             total = 0.0
-            for part in micro_batches(answers, config.micro_batch_tokens):
-                batch = TokenBatch.make(answers[part], experiment.device)
-                with experiment.accelerator.autocast():
-                    hidden = response_hidden(model, batch)
-                head = head_of(model)
-                logprobs = linear_logprobs(hidden, head.weight, batch.targets_N[:, None], **head.options).logprobs_NK
-                loss = -logprobs.sum() / tokens
-                experiment.accelerator.backward(loss)
+            for part in micro_batches(answers, model.max_tokens):
+                loss = -model.batch_logprobs(model.batch(answers[part])).sum() / tokens
+                loss.backward()
                 total += loss.item()
             norm = apply_step(optimizer, sft.optim, step, sft.steps)
             numbers = {}

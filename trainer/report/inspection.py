@@ -17,7 +17,7 @@ from ipvrm_core.trainer.batching import Answer, map_rows
 from ipvrm_core.trainer.data.processbench import Problem
 from ipvrm_core.trainer.evaluation.lengths import refuse_long
 from ipvrm_core.trainer.evaluation.localisation import predict
-from ipvrm_core.trainer.evaluation.rendering import Format, render
+from ipvrm_core.trainer.text.steps import Format, render
 from ipvrm_core.trainer.evaluation.step_scores import step_sums, variants
 from ipvrm_core.trainer.evaluation.token_scores import Scorer, length_limit, token_scores
 from ipvrm_core.trainer.files import write_text

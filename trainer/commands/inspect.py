@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ipvrm_core.trainer.cli_models import (
+from ipvrm_core.trainer.commands.options import (
     BETA,
     beta_of,
     form_of,

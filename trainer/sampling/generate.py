@@ -1,22 +1,13 @@
 """Sampling answers with transformers' generate, keeping the log-probability of every sampled token."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ipvrm_core.trainer.models import causal_lm
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One answer. logprobs: log pi(y_t | s_t) at the sampling temperature; finished: it ended with EOS."""
-
-    prompt_ids: list[int]
-    response_ids: list[int]
-    logprobs: list[float]
-    finished: bool
+from ipvrm_core.heads import causal_lm
+from ipvrm_core.trainer.language_model import LanguageModel
+from ipvrm_core.trainer.sampling.base import Drawing, Sample
 
 
 class _KeepLogprobs:
@@ -37,34 +28,31 @@ class _KeepLogprobs:
             self.columns.append(self.previous_BV.gather(1, ids_BL[:, -1:]))
 
 
-@torch.no_grad()
-def generate(
-    model: nn.Module,
-    tokenizer,
-    prompts: Sequence[list[int]],
-    *,
-    samples: int = 1,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    max_new_tokens: int = 256,
-    batch: int = 256,
-) -> list[Sample]:
-    """`samples` answers to each prompt, in order [p0s0, p0s1, ..., p1s0, ...]. temperature 0 is greedy.
+class Generate:
+    """A sampler that is the policy itself; `batch` sequences at once."""
 
-    The caller seeds torch. Log-probs are those of the full distribution at `temperature` (of the raw one when greedy or
-    when top_p < 1 cuts the tail: such samples are for evaluation).
-    """
-    was_training = model.training
-    model.eval()
-    stacked = [prompt for prompt in prompts for _ in range(samples)]
-    made: list[Sample] = []
-    for start in range(0, len(stacked), batch):
-        made += _generate_batch(model, tokenizer, stacked[start : start + batch], temperature, top_p, max_new_tokens)
-    model.train(was_training)
-    return made
+    def __init__(self, policy: LanguageModel, tokenizer, batch: int = 256):
+        self.policy, self.tokenizer, self.batch = policy, tokenizer, batch
+
+    @torch.no_grad()
+    def sample(self, prompts: Sequence[list[int]], drawing: Drawing) -> list[Sample]:
+        was_training = self.policy.training
+        self.policy.eval()
+        stacked = [prompt for prompt in prompts for _ in range(drawing.samples)]
+        made: list[Sample] = []
+        for start in range(0, len(stacked), self.batch):
+            made += _generate_batch(self.policy.model, self.tokenizer, stacked[start : start + self.batch], drawing)
+        self.policy.train(was_training)
+        return made
+
+    def sync(self, policy: LanguageModel) -> None:
+        self.policy = policy
+
+    def close(self) -> None:
+        pass
 
 
-def _generate_batch(model, tokenizer, prompts, temperature, top_p, max_new_tokens) -> list[Sample]:
+def _generate_batch(model, tokenizer, prompts, drawing: Drawing) -> list[Sample]:
     from transformers import GenerationConfig, LogitsProcessorList
 
     model = causal_lm(model)
@@ -73,6 +61,7 @@ def _generate_batch(model, tokenizer, prompts, temperature, top_p, max_new_token
     ids_BL = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts], device=device)
     mask_BL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
     ends = _eos_ids(model, tokenizer)
+    temperature, top_p = drawing.temperature, drawing.top_p
     greedy = temperature == 0
     settings = {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": 0}
     keeper = _KeepLogprobs(1.0 if greedy or top_p < 1 else temperature)
@@ -80,7 +69,7 @@ def _generate_batch(model, tokenizer, prompts, temperature, top_p, max_new_token
     # whatever is not given: both are fresh here.
     config = GenerationConfig(
         do_sample=not greedy,
-        max_new_tokens=max_new_tokens,
+        max_new_tokens=drawing.max_new_tokens,
         eos_token_id=sorted(ends),
         pad_token_id=tokenizer.pad_token_id,
         **settings,

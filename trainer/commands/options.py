@@ -78,7 +78,7 @@ def newlines(text: str) -> str:
 
 
 def form_of(options):
-    from ipvrm_core.trainer.evaluation.rendering import Format
+    from ipvrm_core.trainer.text.steps import Format
 
     return Format(
         step=options.step_format,

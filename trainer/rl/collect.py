@@ -5,13 +5,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ipvrm_core.method import Preset
+from ipvrm_core.method import Method
+from ipvrm_core.sequences.advantages import answer_advantages
 from ipvrm_core.trainer.batching import Answer
+from ipvrm_core.trainer.config import Rl
 from ipvrm_core.trainer.experiment import Experiment
-from ipvrm_core.trainer.phases.rollout import generation_settings, right_share, sample_and_verify
-from ipvrm_core.trainer.rollouts import Sample
+from ipvrm_core.trainer.sampling.base import Sample, Sampler
+from ipvrm_core.trainer.sampling.verified import right_share
 from ipvrm_core.trainer.verify import Verdict
 from ipvrm_core.trainer.verify.base import all_decided
 
@@ -29,39 +31,43 @@ class Collected:
     cursor: int  # the next unused training example
     numbers: dict[str, float]
 
+    def outcome(self, method: Method) -> Tensor:
+        """The advantage of each whole answer: [B]."""
+        return answer_advantages(self.rewards_B, self.groups_B, method.outcome)
 
-def collect(experiment: Experiment, model: nn.Module, preset: Preset, cursor: int, max_rounds: int) -> Collected:
-    """Sample `prompts` prompts x `rollouts` answers and keep the first `keep_prompts` that the preset keeps: the mixed
-    ones, 0 < mu < 1, with mu in `accuracy_range`. A prompt with an answer that has no verdict is left out altogether.
+
+def collect(experiment: Experiment, sampler: Sampler, rl: Rl, cursor: int) -> Collected:
+    """Sample `prompts` prompts x `rollouts` answers and keep the first `keep_prompts` of the mixed ones, 0 < mu < 1,
+    with mu in `accuracy_range`. A prompt with an answer that has no verdict is left out altogether.
 
     Too few of them: `sample_on` samples further prompts, `fill` completes the quota with the others (unmixed: zero
     outcome advantage, no reward-model loss), and samples further ones only while not a single prompt is kept. After
     `max_rounds` rounds either goes on with what is there.
     """
     groups: list[Group] = []
-    enough = preset.keep_prompts if preset.too_few_mixed == "sample_on" else 1
-    for _ in range(max_rounds):
-        groups += _round(experiment, model, preset, cursor)
-        cursor += preset.prompts
+    enough = rl.keep_prompts if rl.too_few_mixed == "sample_on" else 1
+    for _ in range(rl.max_rounds):
+        groups += _round(experiment, sampler, rl, cursor)
+        cursor += rl.prompts
         judged = [group for group in groups if all_decided(verdict for _, verdict in group)]
-        good = [group for group in judged if preset.keeps(_right(group))]
+        good = [group for group in judged if rl.keeps(_right(group))]
         if len(good) >= enough:
             break
-    kept = good[: preset.keep_prompts]
-    if good and preset.too_few_mixed == "fill":
-        others = [group for group in judged if not preset.keeps(_right(group))]
-        kept = kept + others[: preset.keep_prompts - len(kept)]
+    kept = good[: rl.keep_prompts]
+    if good and rl.too_few_mixed == "fill":
+        others = [group for group in judged if not rl.keeps(_right(group))]
+        kept = kept + others[: rl.keep_prompts - len(kept)]
     rewards_GS = torch.tensor([[float(verdict.correct) for _, verdict in group] for group in kept])
-    rewards_GS = rewards_GS.view(len(kept), preset.rollouts)  # also where none is kept
+    rewards_GS = rewards_GS.view(len(kept), rl.rollouts)  # also where none is kept
     statuses = Counter(verdict.status for group in groups for _, verdict in group)
     return Collected(
         answers=[Answer(sample.prompt_ids, sample.response_ids) for group in kept for sample, _ in group],
         rewards_B=rewards_GS.flatten().to(experiment.device),
-        groups_B=torch.arange(len(kept)).repeat_interleave(preset.rollouts).to(experiment.device),
-        group_mean_B=rewards_GS.mean(1).repeat_interleave(preset.rollouts).to(experiment.device),
+        groups_B=torch.arange(len(kept)).repeat_interleave(rl.rollouts).to(experiment.device),
+        group_mean_B=rewards_GS.mean(1).repeat_interleave(rl.rollouts).to(experiment.device),
         cursor=cursor,
         numbers={
-            **_round_numbers(groups[: preset.prompts]),
+            **_round_numbers(groups[: rl.prompts]),
             "sampled_prompts": len(groups),
             "kept_prompts": len(kept),
             "unjudged_prompts": len(groups) - len(judged),
@@ -70,9 +76,9 @@ def collect(experiment: Experiment, model: nn.Module, preset: Preset, cursor: in
     )
 
 
-def _round(experiment: Experiment, model: nn.Module, preset: Preset, cursor: int) -> list[Group]:
-    examples, size = experiment.examples("rl", cursor, preset.prompts), preset.rollouts
-    found = sample_and_verify(experiment, model, examples, size, **generation_settings(experiment))
+def _round(experiment: Experiment, sampler: Sampler, rl: Rl, cursor: int) -> list[Group]:
+    examples, size = experiment.examples("rl", cursor, rl.prompts), rl.rollouts
+    found = experiment.asker.ask(sampler, examples, experiment.drawing(size))
     pairs = list(zip(*found, strict=True))
     return [pairs[start : start + size] for start in range(0, len(pairs), size)]
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from typing import NamedTuple
 
-from ipvrm_core.trainer.chat_template import render_chat
+from ipvrm_core.trainer.text.template import render_chat
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from ipvrm_core.trainer.cli_models import (
+from ipvrm_core.trainer.commands.options import (
     form_of,
     format_options,
     layout_of,

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from ipvrm_core.trainer.benchmarks import PRESETS
-from ipvrm_core.trainer.cli_models import MODEL, model_files, quiet
+from ipvrm_core.trainer.data.known_sets import KNOWN_SETS
+from ipvrm_core.trainer.commands.options import MODEL, model_files, quiet
 
 
 def add(commands) -> None:
@@ -12,7 +12,7 @@ def add(commands) -> None:
     parser = commands.add_parser("accuracy", help=help, description=help)
     parser.add_argument("--model", required=True, help=f"the policy: {MODEL}")
     parser.add_argument("--data", required=True, help="jsonl, json, parquet, or a Hugging Face data set")
-    parser.add_argument("--preset", help=f"columns and prompt of a known set: {', '.join(PRESETS)}")
+    parser.add_argument("--preset", help=f"columns and prompt of a known set: {', '.join(KNOWN_SETS)}")
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings of the data, as in eval.benchmarks (`ipvrm config`)"
     )

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from ipvrm_core.trainer import cli_accuracy, cli_inspect, cli_processbench
-from ipvrm_core.trainer.cli_models import (
+from ipvrm_core.trainer.commands.options import (
     BETA,
     MODEL,
     beta_of,
@@ -118,7 +118,7 @@ def run_candidates(options) -> None:
     from ipvrm_core.trainer.data.files import cell, read_rows
     from ipvrm_core.trainer.evaluation.candidate_statistics import candidate_statistics
     from ipvrm_core.trainer.evaluation.lengths import refuse_long
-    from ipvrm_core.trainer.evaluation.rendering import render
+    from ipvrm_core.trainer.text.steps import render
     from ipvrm_core.trainer.evaluation.token_scores import length_limit, load_language_model
     from ipvrm_core.trainer.files import write_json
 

@@ -4,7 +4,7 @@ from typing import Any
 
 BOXED = "{prompt}\n\nPresent the answer in LaTex format: \\boxed{Your answer}"  # as the prompts of policy_val end
 
-PRESETS: dict[str, dict[str, Any]] = {
+KNOWN_SETS: dict[str, dict[str, Any]] = {
     "gsm8k": {
         "prompt_column": "question",
         "answer_column": "answer",
@@ -31,6 +31,6 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 def preset_settings(name: object) -> dict[str, Any]:
     """The settings of a Source that a preset stands for. ValueError, which lists the presets, for another name."""
-    if not isinstance(name, str) or name not in PRESETS:
-        raise ValueError(f"preset must be one of {', '.join(PRESETS)}; got {name!r}")
-    return dict(PRESETS[name])
+    if not isinstance(name, str) or name not in KNOWN_SETS:
+        raise ValueError(f"preset must be one of {', '.join(KNOWN_SETS)}; got {name!r}")
+    return dict(KNOWN_SETS[name])
