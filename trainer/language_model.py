@@ -22,6 +22,7 @@ from ipvrm_core import (
     linear_td_errors,
     select_candidates,
 )
+from ipvrm_core.heads import causal_lm
 from ipvrm_core.trainer.batching import Answer, TokenBatch, micro_batches
 from ipvrm_core.trainer.models.head import value_head_of
 from ipvrm_core.trainer.progress import Progress
@@ -51,6 +52,11 @@ class LanguageModel(nn.Module):
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
+
+    @property
+    def positions(self) -> int | None:
+        """Tokens that the model has positions for; None where it does not say."""
+        return getattr(causal_lm(self.model).config.get_text_config(), "max_position_embeddings", None)
 
     @property
     def value_head(self) -> nn.Linear | None:
@@ -103,19 +109,26 @@ class LanguageModel(nn.Module):
     # ---- any number of answers, without a gradient
 
     def logprobs(self, answers: Sequence[Answer], **how) -> Tensor:
-        """log pi(y_t | s_t), packed [N]. label: of long work; unseen: see TokenBatch."""
+        """log pi(y_t | s_t), packed [N]. how: see `_map`."""
         return self._map(answers, lambda batch, rows: (self.batch_logprobs(batch),), **how)[0]
 
     def slot_logprobs(self, answers: Sequence[Answer], ids_NS: Tensor) -> Tensor:
         """log pi(id | s_t) at any ids [N, S], 0 at padding."""
         return self._map(answers, lambda batch, rows: (self.batch_slot_logprobs(batch, ids_NS[rows]),))[0]
 
-    def values(self, answers: Sequence[Answer]) -> Tensor:
+    def values(self, answers: Sequence[Answer], **how) -> Tensor:
         """The value head's scores, packed [N]."""
-        return self._map(answers, lambda batch, rows: (self.batch_values(batch),), after=True)[0]
+        return self._map(answers, lambda batch, rows: (self.batch_values(batch),), after=True, **how)[0]
 
-    def candidates(self, answers: Sequence[Answer], p_min: float = 0.1, exclude_N: Tensor | None = None, **rule):
-        """`select_candidates` at every response token: Candidates of [N, S]."""
+    def candidates(
+        self,
+        answers: Sequence[Answer],
+        p_min: float = 0.1,
+        exclude_N: Tensor | None = None,
+        label: str | None = None,
+        **rule,
+    ) -> Candidates:
+        """`select_candidates` at every response token, of [N, S]. rule: strict, top_k, keep_sampled."""
 
         def select(batch: TokenBatch, rows: slice) -> Candidates:
             def at_head(hidden_nD: Tensor, head: Head) -> Candidates:
@@ -125,7 +138,7 @@ class LanguageModel(nn.Module):
 
             return self(batch, at_head)
 
-        return Candidates(*self._map(answers, select))
+        return Candidates(*self._map(answers, select, label=label))
 
     def td_errors(self, answers: Sequence[Answer], ids_NS: Tensor, old_logprobs_NS: Tensor, beta: float) -> Tensor:
         """beta (log pi - log pi_old) at the slots: [N, S]."""
@@ -146,15 +159,16 @@ class LanguageModel(nn.Module):
         function: Callable[[TokenBatch, slice], Iterable[Tensor]],
         *,
         label: str | None = None,
+        max_tokens: int | None = None,
         **how,
     ) -> list[Tensor]:
         """function(micro-batch, its slice of the packed rows) -> tensors [n, ...]; concatenated.
 
-        label: of long work, which then says how far it has come. how: see TokenBatch.make.
+        label: of long work, which then says how far it has come. max_tokens: another budget. how: see TokenBatch.make.
         """
         pieces, row = [], 0
         with Progress(label, len(answers), unit="answer") if label else nullcontext() as shown:
-            for part in micro_batches(answers, self.max_tokens):
+            for part in micro_batches(answers, max_tokens or self.max_tokens):
                 batch = self.batch(answers[part], **how)
                 rows = slice(row, row + len(batch.targets_N))
                 row = rows.stop

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from ipvrm_core.trainer.data.known_sets import KNOWN_SETS
 from ipvrm_core.trainer.commands.options import MODEL, model_files, quiet
+from ipvrm_core.trainer.data.known_sets import KNOWN_SETS
 
 
 def add(commands) -> None:
@@ -55,8 +55,11 @@ def run(options) -> None:
 
     from ipvrm_core.trainer.data.sources import by_group, read_source
     from ipvrm_core.trainer.evaluation import sampled_answers
-    from ipvrm_core.trainer.evaluation.token_scores import load_language_model
+    from ipvrm_core.trainer.evaluation.token_scores import length_limit, load_language_model
     from ipvrm_core.trainer.files import remove_folder, write_json, write_text
+    from ipvrm_core.trainer.sampling.generate import Generate
+    from ipvrm_core.trainer.sampling.verified import Asker
+    from ipvrm_core.trainer.text import Text
     from ipvrm_core.trainer.verify import make_verifier
 
     source = _source(options)
@@ -75,8 +78,9 @@ def run(options) -> None:
     quiet()
     tokenizer, model = load_language_model(options.model, options.dtype, options.device)
     with make_verifier(options.verifier, max_errors=options.max_errors) as verifier:
-        asker = sampled_answers.Asker(tokenizer, verifier, options.system_prompt, options.unfinished)
-        made = sampled_answers.sample_parts(parts, asker, model, groups, sampling, origin)
+        asker = Asker(Text(tokenizer, options.system_prompt), verifier, options.unfinished)
+        sampler = Generate(model, tokenizer, sampling.batch)
+        made = sampled_answers.sample_parts(parts, asker, sampler, groups, sampling, origin, length_limit(model))
     result = {"origin": origin, **sampled_answers.summarise(made, sampling.samples)}
     if options.answers:
         options.answers.parent.mkdir(parents=True, exist_ok=True)

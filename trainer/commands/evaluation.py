@@ -118,12 +118,13 @@ def run_candidates(options) -> None:
     from ipvrm_core.trainer.data.files import cell, read_rows
     from ipvrm_core.trainer.evaluation.candidate_statistics import candidate_statistics
     from ipvrm_core.trainer.evaluation.lengths import refuse_long
-    from ipvrm_core.trainer.text.steps import render
     from ipvrm_core.trainer.evaluation.token_scores import length_limit, load_language_model
     from ipvrm_core.trainer.files import write_json
+    from ipvrm_core.trainer.text.steps import render
 
     quiet()
     tokenizer, model = load_language_model(options.model, options.dtype, options.device)
+    model.temperature, model.max_tokens = options.temperature, options.micro_batch_tokens
     answers = []
     for index, row in enumerate(read_rows(options.data, limit=options.limit)):
         where = f"{options.data}, row {index}"
@@ -134,7 +135,7 @@ def run_candidates(options) -> None:
         answers.append(Answer(made.ids[: made.start], made.ids[made.start : made.end]))
     if not answers:
         raise ValueError(f"{options.data} has no rows")
-    found = candidate_statistics(model, answers, options.micro_batch_tokens, options.p_min, options.temperature)
+    found = candidate_statistics(model, answers, options.p_min)
     tokens = sum(len(answer.response_ids) for answer in answers)
     if options.out:
         options.out.parent.mkdir(parents=True, exist_ok=True)

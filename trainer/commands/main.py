@@ -8,9 +8,9 @@ import signal
 import sys
 from pathlib import Path
 
+from ipvrm_core.trainer import config as configuration
 from ipvrm_core.trainer import ending
 from ipvrm_core.trainer.commands import evaluation as cli_evaluation
-from ipvrm_core.trainer import config as configuration
 from ipvrm_core.trainer.config import Config, ConfigError
 from ipvrm_core.trainer.files import read_json
 

@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ipvrm_core.trainer.data.known_sets import KNOWN_SETS, preset_settings
 from ipvrm_core.trainer.config.base import Positive, Section
 from ipvrm_core.trainer.data.files import SUFFIXES, compiled, data_suffix
+from ipvrm_core.trainer.data.known_sets import KNOWN_SETS, preset_settings
 from ipvrm_core.trainer.data.tasks import make_task
 
 

@@ -3,14 +3,12 @@
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-from torch import nn
-
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.sources import by_group
 from ipvrm_core.trainer.evaluation.best_of_n import pass_at
 from ipvrm_core.trainer.experiment import Experiment
-from ipvrm_core.trainer.phases.rollout import sample_and_verify
-from ipvrm_core.trainer.sampling.generate import Sample
+from ipvrm_core.trainer.language_model import LanguageModel
+from ipvrm_core.trainer.sampling.base import Drawing, Sample
 from ipvrm_core.trainer.verify import Verdict
 
 
@@ -51,18 +49,14 @@ def accuracy(greedy: Sequence[Judged], drawn: Sequence[Judged], k: int, sizes: S
     }
 
 
-def policy_accuracy(experiment: Experiment, model: nn.Module, examples: Sequence[Example]) -> dict[str, float]:
+def policy_accuracy(experiment: Experiment, model: LanguageModel, examples: Sequence[Example]) -> dict[str, float]:
     """`accuracy` with k = eval.samples; for a built-in task also all_steps_greedy and all_steps."""
-    settings = experiment.config.eval
-    shared = {
-        "max_new_tokens": experiment.config.generation.max_new_tokens,
-        "batch": experiment.config.generation.batch,
-    }
-    greedy, greedy_verdicts = sample_and_verify(experiment, model, examples, 1, temperature=0, **shared)
-    k = settings.samples
-    drawn, verdicts = sample_and_verify(
-        experiment, model, examples, k, temperature=settings.temperature, top_p=settings.top_p, **shared
-    )
+    settings, new_tokens = experiment.config.eval, experiment.config.generation.max_new_tokens
+    sampler, k = experiment.sampler(model), settings.samples
+    greedy, greedy_verdicts = experiment.asker.ask(sampler, examples, Drawing(1, 0.0, max_new_tokens=new_tokens))
+    drawing = Drawing(k, settings.temperature, settings.top_p, new_tokens)
+    drawn, verdicts = experiment.asker.ask(sampler, examples, drawing)
+    sampler.close()
     result = accuracy(judged(greedy, greedy_verdicts), judged(drawn, verdicts), k)
     if experiment.task:
         repeated = [example for example in examples for _ in range(k)]
@@ -71,7 +65,7 @@ def policy_accuracy(experiment: Experiment, model: nn.Module, examples: Sequence
     return result
 
 
-def benchmark_accuracy(experiment: Experiment, model: nn.Module) -> dict[str, dict[str, float]]:
+def benchmark_accuracy(experiment: Experiment, model: LanguageModel) -> dict[str, dict[str, float]]:
     """{benchmark: policy_accuracy} of eval.benchmarks, and "average": the unweighted mean of the shares over them.
 
     A benchmark with a group column is as many benchmarks, "name/group".
@@ -92,7 +86,7 @@ def average(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
 
 def _all_steps(experiment: Experiment, examples, samples) -> float:
     checks = [
-        experiment.task.step_labels(example, experiment.decode(sample.response_ids)).first_error == -1
+        experiment.task.step_labels(example, experiment.text.decode(sample.response_ids)).first_error == -1
         for example, sample in zip(examples, samples, strict=True)
     ]
     return sum(checks) / len(checks)

@@ -7,23 +7,21 @@ TD advantage? Compared with the policy's own most probable token, and with chanc
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
-from ipvrm_core import Candidates, linear_logprobs, select_candidates
-from ipvrm_core.trainer.batching import Answer, map_rows
+from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.experiment import Experiment
-from ipvrm_core.trainer.models import head_of
-from ipvrm_core.trainer.sampling.generate import Sample
+from ipvrm_core.trainer.language_model import LanguageModel
+from ipvrm_core.trainer.sampling.base import Sample
 
 
 def true_tokens(experiment: Experiment, examples: Sequence[Example], samples: Sequence[Sample]) -> torch.Tensor:
     """The due token id of every packed response token, -1 where the task does not determine it: [N]."""
-    tokenizer, due = experiment.tokenizer, []
+    tokenizer, due = experiment.text.tokenizer, []
     for example, sample in zip(examples, samples, strict=True):
-        text = experiment.decode(sample.response_ids)
+        text = experiment.text.decode(sample.response_ids)
         ids, special = sample.response_ids, set(tokenizer.all_special_ids)
-        starts = {len(experiment.decode(ids[:t])): t for t, token in enumerate(ids) if token not in special}
+        starts = {len(experiment.text.decode(ids[:t])): t for t, token in enumerate(ids) if token not in special}
         row = [-1] * len(sample.response_ids)
         for position, character in experiment.task.due_positions(example, text):
             if position in starts:
@@ -34,8 +32,8 @@ def true_tokens(experiment: Experiment, examples: Sequence[Example], samples: Se
 
 def candidate_credit(
     experiment: Experiment,
-    policy: nn.Module,
-    reward_models: dict[str, nn.Module],
+    policy: LanguageModel,
+    reward_models: dict[str, LanguageModel],
     examples: Sequence[Example],
     samples: Sequence[Sample],
     p_min: float = 0.1,
@@ -46,17 +44,11 @@ def candidate_credit(
     reference: the reward models' scores are log-ratios to the policy, else log-probs alone.
     """
     answers = [Answer(sample.prompt_ids, sample.response_ids) for sample in samples]
-    limit, temperature = experiment.config.micro_batch_tokens, experiment.config.generation.temperature
-    policy_head = head_of(policy)
-
-    def choose(hidden, tokens, _):
-        options = {"temperature": temperature, **policy_head.options}
-        return select_candidates(hidden, policy_head.weight, tokens.targets_N, p_min, **options)
-
-    candidates = Candidates(*map_rows(policy, answers, limit, choose))
-    true_N = true_tokens(experiment, examples, samples).to(candidates.ids_NK.device)
-    usable_N = (true_N >= 0) & (candidates.counts_N > 1) & (candidates.ids_NK == true_N[:, None]).any(1)
-    ids_NK, true_N = candidates.ids_NK[usable_N], true_N[usable_N]
+    candidates = policy.candidates(answers, p_min)
+    all_NK, old_NK = candidates.ids_NS[:, 1:], candidates.logprobs_NS[:, 1:]
+    true_N = true_tokens(experiment, examples, samples).to(all_NK.device)
+    usable_N = (true_N >= 0) & (candidates.counts_N > 1) & (all_NK == true_N[:, None]).any(1)
+    ids_NK, true_N = all_NK[usable_N], true_N[usable_N]
     if not len(ids_NK):
         return {"positions": 0}
 
@@ -67,15 +59,9 @@ def candidate_credit(
     result = {
         "positions": len(ids_NK),
         "chance": (1 / candidates.counts_N[usable_N]).mean().item(),
-        "policy": share(candidates.logprobs_NK),
+        "policy": share(old_NK),
     }
     for name, model in reward_models.items():
-        head = head_of(model)
-
-        def score(hidden, _, rows, head=head):
-            ids = candidates.ids_NK[rows]
-            return (linear_logprobs(hidden, head.weight, ids, temperature=temperature, **head.options).logprobs_NK,)
-
-        score_NK = map_rows(model, answers, limit, score)[0]
-        result[name] = share(score_NK - candidates.logprobs_NK if reference else score_NK)
+        score_NK = model.slot_logprobs(answers, all_NK)
+        result[name] = share(score_NK - old_NK if reference else score_NK)
     return result

@@ -6,21 +6,15 @@ Shape letters: N response tokens, K candidate slots.
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
 
-from ipvrm_core import select_candidates
-from ipvrm_core.trainer.batching import Answer, map_rows
-from ipvrm_core.trainer.models import head_of
+from ipvrm_core.trainer.batching import Answer
+from ipvrm_core.trainer.language_model import LanguageModel
 
 P_MIN = (0.05, 0.1, 0.2)
 
 
 def candidate_statistics(
-    policy: nn.Module,
-    answers: Sequence[Answer],
-    max_tokens: int,
-    p_mins: Sequence[float] = P_MIN,
-    temperature: float = 1.0,
+    policy: LanguageModel, answers: Sequence[Answer], p_mins: Sequence[float] = P_MIN
 ) -> dict[str, dict[str, float]]:
     """{P_min: {size, mass, several, empty}} over all response tokens: mean |C_t|, mean probability of C_t, and the
     shares of positions with more than one candidate and with none.
@@ -30,15 +24,8 @@ def candidate_statistics(
     wrong = [p_min for p_min in p_mins if not 0 < p_min <= 1]
     if wrong or not p_mins:
         raise ValueError(f"P_min must be in (0, 1]; got {wrong or 'none'}")
-    head = head_of(policy)
-
-    def choose(hidden_ND, batch, _) -> tuple[Tensor, Tensor]:
-        found = select_candidates(
-            hidden_ND, head.weight, batch.targets_N, min(p_mins), temperature=temperature, **head.options
-        )
-        return found.logprobs_NK, found.ids_NK >= 0
-
-    logprobs_NK, used_NK = map_rows(policy, answers, max_tokens, choose, label="candidates")
+    found = policy.candidates(answers, min(p_mins), label="candidates")
+    logprobs_NK, used_NK = found.logprobs_NS[:, 1:], found.ids_NS[:, 1:] >= 0
     probability_NK = torch.where(used_NK, logprobs_NK.exp(), 0.0).double()
     result = {}
     for p_min in p_mins:

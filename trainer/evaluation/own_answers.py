@@ -6,7 +6,7 @@ Shape letters: N packed response tokens, R answers, M answers of one prompt.
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipvrm_core.objectives import Objective
 from ipvrm_core.packing import cu_seqlens_from_lengths
@@ -16,9 +16,9 @@ from ipvrm_core.trainer.data.tasks import LabelledTrace
 from ipvrm_core.trainer.evaluation.equal_answers import math_equality, merge_equal
 from ipvrm_core.trainer.evaluation.stored_answers import Stored, evaluate
 from ipvrm_core.trainer.experiment import Experiment
-from ipvrm_core.trainer.phases.rollout import generation_settings, sample_and_verify
-from ipvrm_core.trainer.reward import answer_scores, needs_reference, sampled_logprobs, scores
-from ipvrm_core.trainer.sampling.generate import Sample
+from ipvrm_core.trainer.language_model import LanguageModel
+from ipvrm_core.trainer.reward import answer_scores, needs_reference, scores
+from ipvrm_core.trainer.sampling.base import Sample
 from ipvrm_core.trainer.verify import JUDGES, Verdict
 
 
@@ -26,7 +26,7 @@ from ipvrm_core.trainer.verify import JUDGES, Verdict
 class OwnAnswers:
     """M answers to each example, in the order of the examples, at the sampling temperature of training."""
 
-    policy: nn.Module
+    policy: LanguageModel
     examples: list[Example]
     per_prompt: int
     samples: list[Sample]
@@ -43,14 +43,14 @@ class OwnAnswers:
         return self.samples[:: self.per_prompt]
 
 
-def sample_own(experiment: Experiment, policy: nn.Module) -> OwnAnswers:
+def sample_own(experiment: Experiment, policy: LanguageModel) -> OwnAnswers:
     """As many a prompt as the largest N of eval.best_of_n; a function of the policy and the configuration alone."""
     experiment.seed("eval", "own answers")
     settings = experiment.config.eval
     examples = experiment.test_examples(settings.prompts)
     per_prompt = max(settings.best_of_n, default=1)
-    made, verdicts = sample_and_verify(experiment, policy, examples, per_prompt, **generation_settings(experiment))
-    logprobs_N = sampled_logprobs(experiment, policy, [Answer(one.prompt_ids, one.response_ids) for one in made])
+    made, verdicts = experiment.asker.ask(experiment.sampler(policy), examples, experiment.drawing(per_prompt))
+    logprobs_N = policy.logprobs([Answer(one.prompt_ids, one.response_ids) for one in made])
     return OwnAnswers(policy, examples, per_prompt, made, verdicts, logprobs_N)
 
 
@@ -63,7 +63,7 @@ def as_traces(experiment: Experiment, own: OwnAnswers, count: int) -> list[Label
     repeats = min(own.per_prompt, max(1, count // len(own.examples)))
     for index, example in enumerate(own.examples):
         for sample in own.samples[index * own.per_prompt :][:repeats]:
-            text = experiment.decode(sample.response_ids)
+            text = experiment.text.decode(sample.response_ids)
             check = experiment.task.step_labels(example, text)
             if check.first_error < len(check.steps):
                 steps = tuple(text[start:end] for start, end in check.steps)
@@ -73,7 +73,7 @@ def as_traces(experiment: Experiment, own: OwnAnswers, count: int) -> list[Label
 
 
 def best_of_n(
-    experiment: Experiment, reward_model: nn.Module, reference: nn.Module, objective: Objective, own: OwnAnswers
+    experiment: Experiment, reward_model: LanguageModel, reference: LanguageModel, objective: Objective, own: OwnAnswers
 ) -> dict[str, dict[str, float]]:
     """{N: {average, pass, majority, best:vbar, best:sum, vote:vbar, vote:sum}}: shares of prompts answered right.
 
@@ -82,8 +82,8 @@ def best_of_n(
     answers, reference_N = own.answers, None
     if needs_reference(objective):
         own_N = own.logprobs_N
-        reference_N = own_N if reference is own.policy else sampled_logprobs(experiment, reference, answers)
-    score_N = scores(experiment, reward_model, objective, answers, reference_N).cpu()
+        reference_N = own_N if reference is own.policy else reference.logprobs(answers)
+    score_N = scores(reward_model, objective, answers, reference_N).cpu()
     cu_seqlens = cu_seqlens_from_lengths(torch.tensor([len(answer.response_ids) for answer in answers]))
     sums_R, means_R = answer_scores(objective.token_scores(score_N, cu_seqlens), cu_seqlens)
     stored = {}
@@ -97,9 +97,7 @@ def best_of_n(
                 "sum": (objective.beta * sums_R[these]).tolist(),
             },
         )
-    if (
-        experiment.config.verifier.kind in JUDGES
-    ):  # answers that are mathematics; others have no equality but their text
+    if experiment.config.verifier.kind in JUDGES:  # answers that are mathematics; others are equal as texts only
         with math_equality(**experiment.config.verifier.limits) as equal:
             stored = merge_equal(stored, equal)
     found = evaluate(stored, experiment.config.eval.best_of_n, resamples=0, seed=experiment.config.seed)

@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.evaluation.token_scores import Scorer, token_scores
 from ipvrm_core.trainer.experiment import Experiment
-from ipvrm_core.trainer.phases.rollout import judged
+from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.reward import auc
-from ipvrm_core.trainer.sampling.generate import generate
 
 FRACTIONS = (0.25, 0.5, 0.75)
 
@@ -56,7 +54,7 @@ def rank_auc(prefixes: Sequence[Prefix]) -> dict[str, float | int | None]:
 
 def continued_prefixes(
     experiment: Experiment,
-    policy: nn.Module,
+    policy: LanguageModel,
     scorer: Scorer,
     examples: Sequence[Example],
     *,
@@ -68,10 +66,9 @@ def continued_prefixes(
 
     Sampled and scored at the training temperature. Cuts that leave no token on either side are left out.
     """
-    generation = experiment.config.generation
-    settings = {"temperature": generation.temperature, "batch": generation.batch}
-    prompts = [experiment.encode_prompt(example) for example in examples]
-    answers = generate(policy, experiment.tokenizer, prompts, max_new_tokens=generation.max_new_tokens, **settings)
+    prompts = [experiment.text.prompt_ids(example) for example in examples]
+    sampler = experiment.sampler(policy)
+    answers = sampler.sample(prompts, experiment.drawing(1))
     cuts = []
     for number, answer in enumerate(answers):
         lengths = sorted({int(fraction * len(answer.response_ids)) for fraction in fractions})
@@ -79,17 +76,15 @@ def continued_prefixes(
     if not cuts:
         return []
     begun = [prompts[number] + answers[number].response_ids[:length] for number, length in cuts]
-    drawn = generate(
-        policy, experiment.tokenizer, begun, samples=samples, max_new_tokens=generation.max_new_tokens, **settings
-    )
+    drawn = sampler.sample(begun, experiment.drawing(samples))
     texts, golds = [], []
     for index, sample in enumerate(drawn):
         number, length = cuts[index // samples]
-        texts.append(experiment.decode(answers[number].response_ids[:length] + sample.response_ids))
+        texts.append(experiment.text.decode(answers[number].response_ids[:length] + sample.response_ids))
         golds.append(examples[number].answer)
-    verdicts = judged(experiment, drawn, texts, golds)
+    verdicts = experiment.asker.judge(drawn, texts, golds)
     scored = [Answer(answer.prompt_ids, answer.response_ids) for answer in answers]
-    q = token_scores(scorer, scored, experiment.config.micro_batch_tokens, generation.temperature)
+    q = token_scores(scorer, scored)
     prefixes = []
     for index, (number, length) in enumerate(cuts):
         value = beta * q[number][:length].double().sum().item()

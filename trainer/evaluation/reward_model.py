@@ -1,19 +1,18 @@
 """How good a reward model of a run is: steps located, candidates credited, answers chosen."""
 
-from torch import nn
-
 from ipvrm_core.objectives import Objective
 from ipvrm_core.trainer.evaluation.candidate_credit import candidate_credit
 from ipvrm_core.trainer.evaluation.localisation import best_f1, f1_at
 from ipvrm_core.trainer.evaluation.own_answers import OwnAnswers, as_traces, best_of_n
 from ipvrm_core.trainer.evaluation.step_scores import PROTOCOLS, score_traces
 from ipvrm_core.trainer.experiment import Experiment
+from ipvrm_core.trainer.language_model import LanguageModel
 
 STYLES = ("train", "terse", "sampled")
 
 
 def judge(
-    experiment: Experiment, reward_model: nn.Module, reference: nn.Module, objective: Objective, own: OwnAnswers
+    experiment: Experiment, reward_model: LanguageModel, reference: LanguageModel, objective: Objective, own: OwnAnswers
 ) -> dict:
     """{localisation, candidate_credit} where the task labels steps, {best_of_n} where eval.best_of_n asks for it."""
     result: dict = {}

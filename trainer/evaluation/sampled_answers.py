@@ -12,34 +12,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.evaluation.accuracy import Judged, accuracy, average
-from ipvrm_core.trainer.evaluation.token_scores import length_limit
 from ipvrm_core.trainer.files import locked, write_json
 from ipvrm_core.trainer.metrics import peak_memory_mb
-from ipvrm_core.trainer.phases.rollout import sample_and_verify
 from ipvrm_core.trainer.progress import progress
-from ipvrm_core.trainer.text.prompts import encode_prompt
+from ipvrm_core.trainer.sampling.base import Drawing, Sampler
+from ipvrm_core.trainer.sampling.verified import Asker
 from ipvrm_core.trainer.seeds import stable_seed
-from ipvrm_core.trainer.verify import Verifier
-
-
-@dataclass(frozen=True)
-class Asker:
-    """How a problem becomes a prompt and who judges the answer: of an experiment, what sampling needs."""
-
-    tokenizer: object
-    verifier: Verifier
-    system_prompt: str | None = None
-    unfinished: str = "judge"
-
-    def encode_prompt(self, example: Example) -> list[int]:
-        return encode_prompt(self.tokenizer, example, self.system_prompt)
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode(ids, skip_special_tokens=True)
 
 
 @dataclass(frozen=True)
@@ -62,21 +43,30 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1]; got {self.top_p}")
 
+    @property
+    def greedy(self) -> Drawing:
+        return Drawing(1, 0.0, max_new_tokens=self.max_new_tokens)
+
+    @property
+    def drawing(self) -> Drawing:
+        return Drawing(self.samples, self.temperature, self.top_p, self.max_new_tokens)
+
 
 def sample_parts(
     parts: Path,
     asker: Asker,
-    model: nn.Module,
+    sampler: Sampler,
     groups: Mapping[str, Sequence[Example]],
     sampling: Sampling,
     origin: dict,
+    positions: int | None = None,
 ) -> list[dict]:
     """All parts, those of an earlier call as they are. ValueError when that call had another `origin`.
 
     A part's answers depend on the seed and its number alone, so that a stopped run ends as an uninterrupted one.
     """
     asked = [(group, example) for group, examples in groups.items() for example in examples]
-    _check_length(asker, model, [example for _, example in asked], sampling.max_new_tokens)
+    _check_length(asker, positions, [example for _, example in asked], sampling.max_new_tokens)
     with locked(parts):
         kept = parts / "origin.json"
         if kept.exists() and json.loads(kept.read_text()) != json.loads(json.dumps(origin)):
@@ -86,13 +76,12 @@ def sample_parts(
             path = parts / f"{number:05d}.json"
             if not path.exists():
                 torch.manual_seed(stable_seed(sampling.seed, "accuracy", number))
-                write_json(path, _part(asker, model, asked[start : start + sampling.batch], sampling))
+                write_json(path, _part(asker, sampler, asked[start : start + sampling.batch], sampling))
         return [json.loads(path.read_text()) for path in sorted(parts.glob("[0-9]*.json"))]
 
 
-def _check_length(asker: Asker, model: nn.Module, examples: Sequence[Example], new_tokens: int) -> None:
-    limit = length_limit(model)
-    tokens, longest = max((len(asker.encode_prompt(example)), example.id) for example in examples)
+def _check_length(asker: Asker, limit: int | None, examples: Sequence[Example], new_tokens: int) -> None:
+    tokens, longest = max((len(asker.text.prompt_ids(example)), example.id) for example in examples)
     if limit and tokens + new_tokens > limit:
         raise ValueError(
             f"the prompt of {longest} has {tokens} tokens; with max_new_tokens = {new_tokens} that is more than the "
@@ -100,21 +89,19 @@ def _check_length(asker: Asker, model: nn.Module, examples: Sequence[Example], n
         )
 
 
-def _part(asker: Asker, model: nn.Module, asked: Sequence[tuple[str, Example]], sampling: Sampling) -> dict:
+def _part(asker: Asker, sampler: Sampler, asked: Sequence[tuple[str, Example]], sampling: Sampling) -> dict:
     began = time.perf_counter()
     examples = [example for _, example in asked]
-    shared = {"max_new_tokens": sampling.max_new_tokens, "batch": sampling.batch}
-    drawing = {"temperature": sampling.temperature, "top_p": sampling.top_p}
     rows = []
-    for greedy, count, settings in ((True, 1, {"temperature": 0}), (False, sampling.samples, drawing)):
-        samples, verdicts = sample_and_verify(asker, model, examples, count, **shared, **settings)
-        repeated = [pair for pair in asked for _ in range(count)]
+    for greedy, drawing in ((True, sampling.greedy), (False, sampling.drawing)):
+        samples, verdicts = asker.ask(sampler, examples, drawing)
+        repeated = [pair for pair in asked for _ in range(drawing.samples)]
         rows += [
             {
                 "group": group,
                 "problem": example.id,
                 "prompt": prompt_text(example),
-                "text": asker.decode(sample.response_ids),
+                "text": asker.text.decode(sample.response_ids),
                 "answer": verdict.extracted,
                 "correct": verdict.correct,
                 "status": verdict.status,

@@ -7,16 +7,15 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from torch import nn
 
 from ipvrm_core.objectives import Objective
 from ipvrm_core.objectives.ipvrm import Ipvrm
 from ipvrm_core.packing import cu_seqlens_from_lengths
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.data.tasks import LabelledTrace
-from ipvrm_core.trainer.text.steps import Format, render
 from ipvrm_core.trainer.experiment import Experiment
-from ipvrm_core.trainer.reward import needs_reference, sampled_logprobs, scores
+from ipvrm_core.trainer.reward import needs_reference, scores
+from ipvrm_core.trainer.text.steps import Format, render
 
 PROTOCOLS = ("process", "prefix")
 IMPLICIT = Ipvrm()  # its token scores are log-ratios, as those of every implicit reward model
@@ -50,8 +49,8 @@ def variants(sums: Sequence[float], tokens: Sequence[int]) -> dict[str, list[flo
 
 def score_traces(
     experiment: Experiment,
-    reward_model: nn.Module,
-    reference: nn.Module,
+    reward_model: LanguageModel,
+    reference: LanguageModel,
     traces: Sequence[LabelledTrace],
     objective: Objective = IMPLICIT,
 ) -> dict[str, list[list[float]]]:
@@ -60,10 +59,10 @@ def score_traces(
     q is what the objective makes of a token: a log-ratio, a log-prob, a value.
     """
     form = Format(joiner="", plain_joiner="")
-    rendered = [render(experiment.tokenizer, trace.prompt, trace.steps, form, trace.id) for trace in traces]
+    rendered = [render(experiment.text.tokenizer, trace.prompt, trace.steps, form, trace.id) for trace in traces]
     answers = [Answer(item.ids[: item.start], item.ids[item.start :]) for item in rendered]
-    reference_N = sampled_logprobs(experiment, reference, answers) if needs_reference(objective) else None
-    score_N = scores(experiment, reward_model, objective, answers, reference_N).cpu()
+    reference_N = reference.logprobs(answers) if needs_reference(objective) else None
+    score_N = scores(reward_model, objective, answers, reference_N).cpu()
     cu_seqlens = cu_seqlens_from_lengths(torch.tensor([len(answer.response_ids) for answer in answers]))
     pieces = objective.token_scores(score_N, cu_seqlens).split([len(answer.response_ids) for answer in answers])
     scored = [

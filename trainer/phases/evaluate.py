@@ -86,7 +86,7 @@ def _online(experiment: Experiment, name: str, own: Callable[[], OwnAnswers]) ->
 def _rank(experiment: Experiment, path: Path) -> dict:
     """AUCs of the reward model's values and TD errors against how the starting policy's answers go on."""
     policy = experiment.start_policy().eval()
-    scorer = Scorer(experiment.tokenizer, experiment.load(path).eval(), policy)
+    scorer = Scorer(experiment.text.tokenizer, experiment.load(path).eval(), policy)
     experiment.seed("eval", "rank")  # the same answers for every reward model
     examples = experiment.test_examples(experiment.config.eval.rank_prompts)
     beta, samples = experiment.config.rm[path.parent.name].build().beta, experiment.config.eval.samples

@@ -12,16 +12,15 @@ import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
-from ipvrm_core import Candidates, linear_logprobs, select_candidates
-from ipvrm_core.trainer.batching import Answer, map_rows
+from ipvrm_core import Candidates
+from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.data.processbench import Problem
 from ipvrm_core.trainer.evaluation.lengths import refuse_long
 from ipvrm_core.trainer.evaluation.localisation import predict
-from ipvrm_core.trainer.text.steps import Format, render
 from ipvrm_core.trainer.evaluation.step_scores import step_sums, variants
 from ipvrm_core.trainer.evaluation.token_scores import Scorer, length_limit, token_scores
 from ipvrm_core.trainer.files import write_text
-from ipvrm_core.trainer.models import head_of
+from ipvrm_core.trainer.text.steps import Format, render
 
 
 class Scored(NamedTuple):
@@ -130,11 +129,11 @@ def _value(scorer: Scorer, answer: Answer, p_min: float, beta: float) -> Scored:
 
 def _vocabulary(scorer: Scorer, answer: Answer, p_min: float, beta: float) -> Scored:
     candidates, ours_NK = _candidates(scorer, answer, p_min)
-    theirs_NK = torch.cat([candidates.sampled_logprobs_N[:, None], candidates.logprobs_NK], dim=1).cpu()
+    theirs_NK = candidates.logprobs_NS.cpu()
     scale_N1 = (scorer.decay ** torch.arange(len(ours_NK), dtype=torch.float64))[:, None]
     score_NK = scale_N1 * (ours_NK.double() - (0 if scorer.reference is None else theirs_NK.double()))
     rows = [
-        _rows(scorer, candidates.ids_NK[n].tolist(), ours_NK[n, 1:], theirs_NK[n, 1:], beta * score_NK[n, 1:])
+        _rows(scorer, candidates.ids_NS[n, 1:].tolist(), ours_NK[n, 1:], theirs_NK[n, 1:], beta * score_NK[n, 1:])
         for n in range(len(ours_NK))
     ]
     theirs_N = None if scorer.reference is None else theirs_NK[:, 0].double().numpy()
@@ -144,20 +143,9 @@ def _vocabulary(scorer: Scorer, answer: Answer, p_min: float, beta: float) -> Sc
 
 def _candidates(scorer: Scorer, answer: Answer, p_min: float) -> tuple[Candidates, Tensor]:
     """(candidates of the reference or else of the model, the model's log-probs of the sampled token and of them)."""
-    limit = len(answer.prompt_ids) + len(answer.response_ids)
     policy = scorer.model if scorer.reference is None else scorer.reference
-    theirs, ours = head_of(policy), head_of(scorer.model)
-
-    def choose(hidden, batch, _):
-        return select_candidates(hidden, theirs.weight, batch.targets_N, p_min, **theirs.options)
-
-    candidates = Candidates(*map_rows(policy, [answer], limit, choose))
-
-    def score(hidden, batch, _):
-        ids_NK = torch.cat([batch.targets_N[:, None], candidates.ids_NK], dim=1)
-        return (linear_logprobs(hidden, ours.weight, ids_NK, **ours.options).logprobs_NK,)
-
-    return candidates, map_rows(scorer.model, [answer], limit, score)[0].cpu()
+    candidates = policy.candidates([answer], p_min)
+    return candidates, scorer.model.slot_logprobs([answer], candidates.ids_NS).cpu()
 
 
 def _rows(scorer: Scorer, ids: list[int], ours_K: Tensor, theirs_K: Tensor, delta_K: Tensor) -> list[dict]:
