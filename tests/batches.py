@@ -2,8 +2,10 @@
 
 import torch
 
+from ipvrm_core import Candidates
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.rl.collect import Collected
+from ipvrm_core.trainer.rl.old_policy import OldPolicy
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.models import add_value_head
 
@@ -23,6 +25,17 @@ def two_prompts() -> Collected:
     answers = [Answer(prompts[i // 3], [*ids(length - 1), 1]) for i, length in enumerate(LENGTHS)]
     groups = torch.tensor([0, 0, 0, 1, 1, 1])
     return Collected(answers, torch.tensor(REWARDS), groups, torch.tensor([1 / 3] * 3 + [2 / 3] * 3), 0, {})
+
+
+def two_short_answers() -> tuple[Collected, OldPolicy]:
+    """A right and a wrong answer of two tokens; candidates at the first token of each, of probability .6 and .2."""
+    answers = [Answer([5], [6, 1]), Answer([5], [7, 1])]
+    groups_B, mu_B = torch.zeros(2, dtype=torch.int64), torch.full((2,), 0.5)
+    batch = Collected(answers, torch.tensor([1.0, 0.0]), groups_B, mu_B, 0, {})
+    ids_NK = torch.tensor([[6, 8], [-1, -1], [7, 8], [-1, -1]])
+    logprobs_NK = torch.tensor([0.6, 0.2]).log().where(ids_NK >= 0, 0.0)
+    candidates = Candidates(ids_NK, logprobs_NK, (ids_NK >= 0).sum(1), torch.zeros(4), torch.zeros(4))
+    return batch, OldPolicy(torch.tensor([0, 2, 4]), torch.zeros(4), candidates, {})
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """The cache of the reference's log-probs: what its key knows, and what a kill leaves."""
 
-import os
 import subprocess
 
 import pytest
@@ -59,11 +58,11 @@ def test_a_kill_while_writing_leaves_nothing_that_would_be_read(tiny_experiment,
         patch.setattr(reference_cache, "save_file", cut_short)
         with pytest.raises(KeyboardInterrupt):
             reference_cache.reference_logprobs(experiment, model, ANSWERS, folder)
-    assert list(folder.glob("reference-*")) == []
-    (left,) = folder.iterdir()
+    assert list(folder.iterdir()) == []
     dead = subprocess.Popen(["true"])
     dead.wait()
-    left.rename(folder / left.name.replace(str(os.getpid()), str(dead.pid)))
+    name = f"reference-{reference_cache.cache_key(experiment, model, ANSWERS)}.safetensors"
+    (folder / f".{name}.{dead.pid}.tmp").write_bytes(b"cut short")  # what SIGKILL leaves
     reference_cache.reference_logprobs(experiment, model, ANSWERS, folder)
     (path,) = folder.iterdir()  # what the killed process left is gone
     save_file({"logprobs": torch.zeros(3)}, path)

@@ -6,19 +6,20 @@ from itertools import pairwise
 import pytest
 import torch
 
-from ipvrm_core import METHODS, Candidates, outcome_advantages
+from ipvrm_core import METHODS, outcome_advantages
 from ipvrm_core.objectives.ipvrm import Ipvrm
 from ipvrm_core.reference.candidates import select_candidates_from_logits
 from ipvrm_core.reference.policy_loss import distrl_loss_from_logits
 from ipvrm_core.trainer import credit as crediting
-from ipvrm_core.trainer.batching import Answer
-from ipvrm_core.trainer.rl.collect import Collected
 from ipvrm_core.trainer.config import Optim, RlRewardModel
-from ipvrm_core.trainer.rl.credit import OldPolicy, assign, old_policy, update_reward_model
+from ipvrm_core.trainer.rl.collect import Collected
+from ipvrm_core.trainer.rl.credit import assign
+from ipvrm_core.trainer.rl.old_policy import old_policy
+from ipvrm_core.trainer.rl.reward_update import update_reward_model
 from ipvrm_core.trainer.optim import make_optimizer
 from ipvrm_core.trainer.rl.policy_update import _minibatches, _one_step, make_policy_batch
 from ipvrm_core.trainer.reward import backward_reward_loss, sampled_logprobs
-from tests.batches import at_limit, full_logits, two_prompts
+from tests.batches import at_limit, full_logits, two_prompts, two_short_answers
 
 PAPER, OFFICIAL = METHODS["paper"], METHODS["official"]
 
@@ -154,22 +155,16 @@ def test_official_advantages_by_hand(monkeypatch):
     GAE: delta / 2 = (1, 0 | -1, 0) has mean 0, is its own suffix sum, and is whitened by sqrt(2/3), the unbiased std;
     outcome +-1. The AUC is of the whole answers: the right one scores 2 - 7, the wrong one -2 + 9.
     """
-    answers = [Answer([5], [6, 1]), Answer([5], [7, 1])]
-    batch = Collected(
-        answers, torch.tensor([1.0, 0.0]), torch.zeros(2, dtype=torch.int64), torch.full((2,), 0.5), 0, {}
-    )
-    ids_NK = torch.tensor([[6, 8], [-1, -1], [7, -1], [-1, -1]])
-    candidates = Candidates(ids_NK, torch.zeros(4, 2), (ids_NK >= 0).sum(1), torch.zeros(4), torch.zeros(4))
-    old = OldPolicy(torch.tensor([0, 2, 4]), torch.zeros(4), candidates, {})
-    errors = torch.tensor([2.0, -7.0, -2.0, 9.0]), torch.tensor([[2.0, -3.0], [0.0, 0.0], [-2.0, 0.0], [0.0, 0.0]])
+    batch, old = two_short_answers()
+    errors = torch.tensor([2.0, -7.0, -2.0, 9.0]), torch.tensor([[2.0, -3.0], [0.0, 0.0], [-2.0, 1.0], [0.0, 0.0]])
     monkeypatch.setattr(crediting, "_td_errors", lambda *_: errors)
     credit = assign(None, OFFICIAL, batch, old, torch.nn.Identity(), Ipvrm())
     assert credit.numbers["sigma_v"] == 2.0
     assert (credit.numbers["rm_auc"], credit.numbers["rm_accuracy"]) == (0.0, 0.0)
     whitened = 0.05 * 1.5**0.5
     torch.testing.assert_close(credit.advantages_N, torch.tensor([1 + whitened, 1.0, -1 - whitened, -1.0]))
-    made = make_policy_batch(OFFICIAL, credit, answers, torch.arange(4), None)
-    expected = torch.tensor([[1.0, -1.5], [0.0, 0.0], [-1.0, 0.0], [0.0, 0.0]])
+    made = make_policy_batch(OFFICIAL, credit, batch.answers, torch.arange(4), None)
+    expected = torch.tensor([[1.0, -1.5], [0.0, 0.0], [-1.0, 0.5], [0.0, 0.0]])
     torch.testing.assert_close(made.candidate_advantages_NK, expected)
 
 

@@ -9,6 +9,7 @@ from ipvrm_core.trainer.files import write_json
 from ipvrm_core.trainer.metrics import MetricsLog, read_metrics
 from ipvrm_core.trainer.phases import distrl, rollout
 from ipvrm_core.trainer.phases.rm_data import from_rollouts
+from ipvrm_core.trainer.shards import Shards
 from ipvrm_core.trainer.verify import Verdict
 
 METHOD = {"prompts": 4, "keep_prompts": 2, "rollouts": 4}
@@ -108,9 +109,10 @@ def test_rollouts_of_a_prompt_without_all_verdicts_are_left_out(tiny_experiment)
         for sample in range(2)
     ]
     folder = experiment.run / "rollout"
-    (folder / "shards").mkdir(parents=True)
-    write_json(folder / "shards" / "00000.json", rows)
-    summary = rollout.summarize(folder / "shards")
+    folder.mkdir()
+    shards = Shards(folder)
+    shards.add(0, rows)
+    summary = rollout.summarize(shards.rows())
     counts = {"prompts": 4, "unjudged_prompts": 2, "answers": 8, "verdict_timeout": 1, "verdict_error": 1}
     assert counts.items() <= summary.items()
     assert (summary["accuracy"], summary["mixed_prompts"]) == (4 / 6, 1.0)

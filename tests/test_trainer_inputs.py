@@ -1,10 +1,11 @@
 """A run folder holds results of one set of inputs: what changed behind a path is refused by name."""
 
 import json
+import sys
 
 import pytest
 
-from ipvrm_core.trainer import inputs
+from ipvrm_core.trainer import inputs, preflight
 from ipvrm_core.trainer.commands import main as cli
 from ipvrm_core.trainer.config import ConfigError, check
 from tests import chats
@@ -19,6 +20,7 @@ def _write(path, prompt: str) -> str:
 def config(tmp_path, monkeypatch):
     """A configuration with every kind of input, all of them files in tmp_path."""
     monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "judge_of_inputs", raising=False)  # that of another test
     (tmp_path / "judge_of_inputs.py").write_text("def judge(response, gold): return True\n")
     names = ("train", "test", "sft", "benchmark", "leak")
     path = {name: _write(tmp_path / f"{name}.jsonl", name) for name in names}
@@ -68,9 +70,10 @@ def test_a_changed_file_is_refused_by_key_and_name(config, tmp_path, name):
     inputs.keep(run, _now(config))
 
 
-def test_training_data_replaced_by_the_test_problems(config, tmp_path, capsys):
+def test_training_data_replaced_by_the_test_problems(config, tmp_path, capsys, monkeypatch):
     """Between a kill and --resume, through the command line; refused before anything of the run is touched."""
     pytest.importorskip("transformers")
+    monkeypatch.setattr(preflight, "check_prompts", lambda config: None)  # there is no model
     path, run = tmp_path / "config.json", tmp_path / "run"
     path.write_text(config.model_dump_json())
     words = ["sft", str(path), "--run", str(run), "--resume"]

@@ -148,16 +148,21 @@ def _quiet() -> None:
 def _with_experiment(options, function) -> None:
     config = _load(options)
     _quiet()
+    from ipvrm_core.trainer import inputs
     from ipvrm_core.trainer.experiment import Experiment
     from ipvrm_core.trainer.leakage import guard
     from ipvrm_core.trainer.preflight import preflight
+    from ipvrm_core.trainer.verify.pool import BrokenJudgeError
 
-    preflight(config, options.run)
+    preflight(config, options.run)  # before anything is kept of a run that cannot be
     experiment = Experiment(config, options.run)
     try:
         if options.command in TRAINING:
             guard(config, options.run)
         function(experiment)
+    except BrokenJudgeError:  # none of its verdicts is kept, so it may be repaired
+        inputs.forget(options.run, "verifier.kind")
+        raise
     finally:
         experiment.close()
 
