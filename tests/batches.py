@@ -4,10 +4,10 @@ import torch
 
 from ipvrm_core import Candidates
 from ipvrm_core.trainer.batching import Answer
-from ipvrm_core.trainer.rl.collect import Collected
-from ipvrm_core.trainer.rl.old_policy import OldPolicy
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.models import add_value_head
+from ipvrm_core.trainer.rl.collect import Collected
+from ipvrm_core.trainer.rl.old_policy import OldPolicy
 
 LENGTHS = [4, 7, 2, 5, 10, 3]  # of the answers, EOS included
 CU = torch.tensor([0, *LENGTHS]).cumsum(0)

@@ -8,9 +8,9 @@ import pytest
 
 pytest.importorskip("transformers")
 
-from ipvrm_core.trainer.data.known_sets import KNOWN_SETS, preset_settings
 from ipvrm_core.trainer.config import ConfigError, Source, check
 from ipvrm_core.trainer.data.example import Example
+from ipvrm_core.trainer.data.known_sets import KNOWN_SETS, preset_settings
 from ipvrm_core.trainer.data.sources import by_group, read_source
 from ipvrm_core.trainer.evaluation.accuracy import Judged, accuracy, average
 from ipvrm_core.trainer.text.prompts import encode_prompt

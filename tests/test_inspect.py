@@ -12,12 +12,12 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("jinja2")
 
-from ipvrm_core.trainer.commands import main as cli
 from ipvrm_core.trainer.batching import Answer
-from ipvrm_core.trainer.text.steps import Format
+from ipvrm_core.trainer.commands import main as cli
 from ipvrm_core.trainer.evaluation.token_scores import Scorer, token_scores
 from ipvrm_core.trainer.models import add_value_head, save_model
 from ipvrm_core.trainer.report.inspection import inspect, token_texts, write_page
+from ipvrm_core.trainer.text.steps import Format
 
 FORM = Format(joiner=";", plain_joiner="")
 PROBLEM, STEPS = "5*5-6?", ["5*5=5", "5-6=9", "#9"]

@@ -9,8 +9,8 @@ pytest.importorskip("pyarrow")
 from ipvrm_core.trainer.data.processbench import load_processbench
 from ipvrm_core.trainer.evaluation import official, processbench, processbench_results, processbench_tables
 from ipvrm_core.trainer.evaluation.processbench_files import Parts, read_scores, write_scores
-from ipvrm_core.trainer.text.steps import Format
 from ipvrm_core.trainer.evaluation.step_scores import step_sums, variants
+from ipvrm_core.trainer.text.steps import Format
 from tests.tiny_models import ROWS, log_ratio_scorer, made_up, plain_scores, scorer_of
 
 

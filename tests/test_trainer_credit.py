@@ -12,13 +12,13 @@ from ipvrm_core.reference.candidates import select_candidates_from_logits
 from ipvrm_core.reference.policy_loss import distrl_loss_from_logits
 from ipvrm_core.trainer import credit as crediting
 from ipvrm_core.trainer.config import Optim, RlRewardModel
+from ipvrm_core.trainer.optim import make_optimizer
+from ipvrm_core.trainer.reward import backward_reward_loss, sampled_logprobs
 from ipvrm_core.trainer.rl.collect import Collected
 from ipvrm_core.trainer.rl.credit import assign
 from ipvrm_core.trainer.rl.old_policy import old_policy
-from ipvrm_core.trainer.rl.reward_update import update_reward_model
-from ipvrm_core.trainer.optim import make_optimizer
 from ipvrm_core.trainer.rl.policy_update import _minibatches, _one_step, make_policy_batch
-from ipvrm_core.trainer.reward import backward_reward_loss, sampled_logprobs
+from ipvrm_core.trainer.rl.reward_update import update_reward_model
 from tests.batches import at_limit, full_logits, two_prompts, two_short_answers
 
 PAPER, OFFICIAL = METHODS["paper"], METHODS["official"]

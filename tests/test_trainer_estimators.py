@@ -18,10 +18,10 @@ from ipvrm_core.sequences.advantages import (
     rloo_advantages,
 )
 from ipvrm_core.sequences.segments import expand
+from ipvrm_core.trainer.reward import sampled_logprobs, scores
 from ipvrm_core.trainer.rl.collect import Collected
 from ipvrm_core.trainer.rl.credit import assign, old_policy
 from ipvrm_core.trainer.rl.policy_update import make_policy_batch
-from ipvrm_core.trainer.reward import sampled_logprobs, scores
 from tests.batches import CU, LENGTHS, two_prompts, with_value_head
 
 PAPER = METHODS["paper"]

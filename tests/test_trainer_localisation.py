@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ipvrm_core.trainer.evaluation.localisation import best_f1, f1_at, predict
-from ipvrm_core.trainer.text.steps import token_steps
 from ipvrm_core.trainer.reward import answer_scores, auc
+from ipvrm_core.trainer.text.steps import token_steps
 
 # Two erroneous traces (first wrong step 1 and 0) and two correct ones.
 SCORES = [[0.9, 0.2, 0.5], [0.4, 0.8], [0.6, 0.7], [0.3, 0.9]]

@@ -256,7 +256,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ipvrm_core.objectives.base import Objective, RewardBatch
-from ipvrm_core.ops.sequences import repirl_loss
+from ipvrm_core.sequences.reward_losses import repirl_loss
 
 
 @dataclass(frozen=True)

@@ -14,13 +14,13 @@ from ipvrm_core.sequences.reward_losses import qrm_loss, repirl_weights
 from ipvrm_core.trainer import checkpoint
 from ipvrm_core.trainer import credit as crediting
 from ipvrm_core.trainer.batching import Answer
-from ipvrm_core.trainer.rl.collect import Collected
 from ipvrm_core.trainer.config import Lora, RlRewardModel
-from ipvrm_core.trainer.rl.credit import old_policy, update_reward_model
 from ipvrm_core.trainer.evaluation.step_scores import score_traces
 from ipvrm_core.trainer.models import add_lora, load_pretrained, save_model
 from ipvrm_core.trainer.phases import rollout, train_rm
 from ipvrm_core.trainer.reward import auc, backward_reward_loss, sampled_logprobs, scores
+from ipvrm_core.trainer.rl.collect import Collected
+from ipvrm_core.trainer.rl.credit import old_policy, update_reward_model
 from tests.batches import CU, LENGTHS, at_limit, two_prompts, with_value_head
 
 PAPER = METHODS["paper"]

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ipvrm_core import PRESETS
+from ipvrm_core import METHODS
 from ipvrm_core.objectives.dpo import Dpo
 from ipvrm_core.objectives.ipvrm import Ipvrm
 from ipvrm_core.reference.policy_loss import distrl_loss_from_logits

@@ -18,12 +18,12 @@ EPILOG = """\
 A configuration is a TOML file; `ipvrm config` lists every key with its type, default and meaning.
 Overrides follow the file, in TOML syntax:  ipvrm run my.toml rl.distrl.steps=50 model.path=Qwen/Qwen3-0.6B
 
-The chain:   sft -> rollout -> train-rm -> distrl -> eval -> report
+The chain:   sft -> rollout -> train-rm -> rl -> eval -> report
 Every phase may be killed at any moment; the same command with --resume goes on and gives the same numbers.
 """
 
 
-TRAINING = ("sft", "rollout", "train-rm", "distrl")  # commands that look for evaluation problems in their data first
+TRAINING = ("sft", "rollout", "train-rm", "rl")  # commands that look for evaluation problems in their data first
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -108,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     phase("sft", "Supervised fine-tuning on demonstrations.", _sft)
     phase("rollout", "Sample and verify answers of the starting policy.", _rollout)
     phase("train-rm", "Train implicit reward models on the rollouts.", _train_rm, named="rm")
-    phase("distrl", "Train the policy: GRPO, GRPO with a process reward, or DistRL.", _distrl, named="rl")
+    phase("rl", "Train the policy: GRPO, GRPO with a process reward, or DistRL.", _rl, named="rl")
     phase("eval", "Evaluate every model of the run.", _eval)
     whole = phase("run", "All phases of the configuration, then the report.", _run)
     whole.add_argument("--jobs", type=int, default=1, help="phases side by side, where they do not need each other")
@@ -185,10 +185,10 @@ def _train_rm(options) -> None:
     _with_experiment(options, lambda experiment: _each(experiment.config.rm, "rm", options, train_rm.run, experiment))
 
 
-def _distrl(options) -> None:
-    from ipvrm_core.trainer.phases import distrl
+def _rl(options) -> None:
+    from ipvrm_core.trainer.phases import rl
 
-    _with_experiment(options, lambda experiment: _each(experiment.config.rl, "rl", options, distrl.run, experiment))
+    _with_experiment(options, lambda experiment: _each(experiment.config.rl, "rl", options, rl.run, experiment))
 
 
 def _each(table: dict, label: str, options, function, experiment) -> None:

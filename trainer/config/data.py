@@ -19,7 +19,7 @@ class Source(Section):
     config: str | None = Field(None, description="which configuration, for a data set by name")
     split: str | None = Field(None, description="which split, for a data set by name")
     preset: str | None = Field(
-        None, description=f"columns and prompt of a known set ({', '.join(KNOWN_SETS)}); settings given here go before it"
+        None, description=f"columns and prompt of a known set ({', '.join(KNOWN_SETS)}); settings here go before it"
     )
     prompt_column: str | list[str] = Field("prompt", description="one column, or several to be joined")
     answer_column: str = "answer"

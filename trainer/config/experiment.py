@@ -130,13 +130,13 @@ class Config(Section):
                 f"{'pairwise' if objective.pairwise else 'training-free'} objective {used.objective!r}; "
                 f"got {rl.reward_model.update!r}"
             )
-        preset = rl.resolved()
-        if preset.td_reference == "sft" and not (objective.head == "vocabulary" and objective.reference):
+        method = rl.resolved()
+        if method.td_reference == "sft" and not (objective.head == "vocabulary" and objective.reference):
             raise ValueError(
                 f"rl.{name}.method.td_reference must be 'old' for the objective {used.objective!r}, "
                 f"whose scores are no log-ratios; got 'sft'"
             )
-        alpha = preset.alpha
+        alpha = method.alpha
         if objective.head == "value" and alpha:
             raise ValueError(
                 f"rl.{name}.method.alpha must be 0 for rm.{rl.reward_model.name} (objective {used.objective!r}): "

@@ -14,6 +14,7 @@ from ipvrm_core.packing import cu_seqlens_from_lengths
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.data.tasks import LabelledTrace
 from ipvrm_core.trainer.experiment import Experiment
+from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.reward import needs_reference, scores
 from ipvrm_core.trainer.text.steps import Format, render
 

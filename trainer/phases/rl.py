@@ -80,7 +80,7 @@ def _note_skipped(training: Training, rl: Rl, step: int, batch: Collected) -> No
     training.state["skipped"] = 0 if batch.answers else training.state["skipped"] + 1
     if batch.answers:
         return
-    label, count, (low, high) = training.metrics.label, training.state["skipped"], rl.accuracy_range
+    label, count, (low, high) = training.metrics.label, training.state["skipped"], rl.batch.accuracy_range
     within = "" if (low, high) == (0, 1) else f" and an accuracy in [{low:g}, {high:g}]"
     sampled, unjudged, accuracy = (batch.numbers[key] for key in ("sampled_prompts", "unjudged_prompts", "accuracy"))
     tqdm.write(

@@ -10,7 +10,7 @@ from torch import Tensor
 from ipvrm_core.method import Method
 from ipvrm_core.sequences.advantages import answer_advantages
 from ipvrm_core.trainer.batching import Answer
-from ipvrm_core.trainer.config import Rl
+from ipvrm_core.trainer.config import Batch
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.sampling.base import Sample, Sampler
 from ipvrm_core.trainer.sampling.verified import right_share
@@ -36,7 +36,7 @@ class Collected:
         return answer_advantages(self.rewards_B, self.groups_B, method.outcome)
 
 
-def collect(experiment: Experiment, sampler: Sampler, rl: Rl, cursor: int) -> Collected:
+def collect(experiment: Experiment, sampler: Sampler, batch: Batch, cursor: int) -> Collected:
     """Sample `prompts` prompts x `rollouts` answers and keep the first `keep_prompts` of the mixed ones, 0 < mu < 1,
     with mu in `accuracy_range`. A prompt with an answer that has no verdict is left out altogether.
 
@@ -45,29 +45,29 @@ def collect(experiment: Experiment, sampler: Sampler, rl: Rl, cursor: int) -> Co
     `max_rounds` rounds either goes on with what is there.
     """
     groups: list[Group] = []
-    enough = rl.keep_prompts if rl.too_few_mixed == "sample_on" else 1
-    for _ in range(rl.max_rounds):
-        groups += _round(experiment, sampler, rl, cursor)
-        cursor += rl.prompts
+    enough = batch.keep_prompts if batch.too_few_mixed == "sample_on" else 1
+    for _ in range(batch.max_rounds):
+        groups += _round(experiment, sampler, batch, cursor)
+        cursor += batch.prompts
         judged = [group for group in groups if all_decided(verdict for _, verdict in group)]
-        good = [group for group in judged if rl.keeps(_right(group))]
+        good = [group for group in judged if batch.keeps(_right(group))]
         if len(good) >= enough:
             break
-    kept = good[: rl.keep_prompts]
-    if good and rl.too_few_mixed == "fill":
-        others = [group for group in judged if not rl.keeps(_right(group))]
-        kept = kept + others[: rl.keep_prompts - len(kept)]
+    kept = good[: batch.keep_prompts]
+    if good and batch.too_few_mixed == "fill":
+        others = [group for group in judged if not batch.keeps(_right(group))]
+        kept = kept + others[: batch.keep_prompts - len(kept)]
     rewards_GS = torch.tensor([[float(verdict.correct) for _, verdict in group] for group in kept])
-    rewards_GS = rewards_GS.view(len(kept), rl.rollouts)  # also where none is kept
+    rewards_GS = rewards_GS.view(len(kept), batch.rollouts)  # also where none is kept
     statuses = Counter(verdict.status for group in groups for _, verdict in group)
     return Collected(
         answers=[Answer(sample.prompt_ids, sample.response_ids) for group in kept for sample, _ in group],
         rewards_B=rewards_GS.flatten().to(experiment.device),
-        groups_B=torch.arange(len(kept)).repeat_interleave(rl.rollouts).to(experiment.device),
-        group_mean_B=rewards_GS.mean(1).repeat_interleave(rl.rollouts).to(experiment.device),
+        groups_B=torch.arange(len(kept)).repeat_interleave(batch.rollouts).to(experiment.device),
+        group_mean_B=rewards_GS.mean(1).repeat_interleave(batch.rollouts).to(experiment.device),
         cursor=cursor,
         numbers={
-            **_round_numbers(groups[: rl.prompts]),
+            **_round_numbers(groups[: batch.prompts]),
             "sampled_prompts": len(groups),
             "kept_prompts": len(kept),
             "unjudged_prompts": len(groups) - len(judged),
@@ -76,8 +76,8 @@ def collect(experiment: Experiment, sampler: Sampler, rl: Rl, cursor: int) -> Co
     )
 
 
-def _round(experiment: Experiment, sampler: Sampler, rl: Rl, cursor: int) -> list[Group]:
-    examples, size = experiment.examples("rl", cursor, rl.prompts), rl.rollouts
+def _round(experiment: Experiment, sampler: Sampler, batch: Batch, cursor: int) -> list[Group]:
+    examples, size = experiment.examples("rl", cursor, batch.prompts), batch.rollouts
     found = experiment.asker.ask(sampler, examples, experiment.drawing(size))
     pairs = list(zip(*found, strict=True))
     return [pairs[start : start + size] for start in range(0, len(pairs), size)]

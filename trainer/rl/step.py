@@ -42,7 +42,7 @@ def rl_step(
     """
     rl, method = learner.rl, learner.method
     experiment.seed("rl", learner.name, step)
-    batch = collect(experiment, learner.sampler, rl, cursor)
+    batch = collect(experiment, learner.sampler, rl.batch, cursor)
     if not batch.answers:
         return batch, batch.numbers
     uses(batch.answers, rewards=batch.rewards_B.tolist(), groups=batch.groups_B.tolist())

@@ -26,7 +26,7 @@ class Asker:
         return made, self.judge(made, [self.text.decode(sample.response_ids) for sample in made], golds)
 
     def judge(self, samples: Sequence[Sample], texts: list[str], golds: list[str]) -> list[Verdict]:
-        """A verdict on every sample; one cut at the limit of tokens is not looked at where that is wrong in any case."""
+        """A verdict on every sample; one cut at the limit of tokens is not looked at where it is wrong in any case."""
         seen = [index for index, sample in enumerate(samples) if sample.finished or self.unfinished == "judge"]
         verdicts = [Verdict(False, "unfinished")] * len(samples)
         found = self.verifier([texts[i] for i in seen], [golds[i] for i in seen])
