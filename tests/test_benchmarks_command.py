@@ -10,9 +10,9 @@ pytest.importorskip("transformers")
 from ipvrm_core.trainer.commands import main as cli
 from ipvrm_core.trainer.config import check
 from ipvrm_core.trainer.data.tasks import ChainTask
-from ipvrm_core.trainer.evaluation import sampled_answers
 from ipvrm_core.trainer.evaluation.stored_answers import evaluate, read_stored
 from ipvrm_core.trainer.models import character_tokenizer, save_model
+from ipvrm_core.trainer.sampling.verified import Asker
 from ipvrm_core.trainer.verify import ExactVerifier, Verdict
 
 
@@ -84,15 +84,15 @@ def test_a_stopped_command_goes_on_and_ends_as_an_uninterrupted_one(given, tmp_p
     whole, out = tmp_path / "whole.json", tmp_path / "stopped.json"
     assert cli.main([*given, "--out", str(whole), "--answers", f"{whole}l"]) == 0
 
-    sample, calls = sampled_answers.sample_and_verify, []
+    ask, calls = Asker.ask, []
 
-    def dies(*arguments, **settings):
-        calls.append(settings)
+    def dies(asker, sampler, examples, drawing):
+        calls.append(drawing)
         if len(calls) == 4:
             raise RuntimeError("killed")
-        return sample(*arguments, **settings)
+        return ask(asker, sampler, examples, drawing)
 
-    monkeypatch.setattr(sampled_answers, "sample_and_verify", dies)
+    monkeypatch.setattr(Asker, "ask", dies)
     words = [*given, "--out", str(out), "--answers", f"{out}l"]
     assert cli.main(words) == 2
     parts = tmp_path / "stopped.json.parts"
@@ -111,7 +111,7 @@ def test_a_stopped_command_goes_on_and_ends_as_an_uninterrupted_one(given, tmp_p
         path.write_bytes(before)
     torch.manual_seed(99)
     assert cli.main([*words, "--resume"]) == 0
-    assert [call["temperature"] for call in calls] == [0, 2.0, 0, 2.0, 0, 2.0, 0, 2.0]  # the second part is made anew
+    assert [call.temperature for call in calls] == [0, 2.0, 0, 2.0, 0, 2.0, 0, 2.0]  # the second part is made anew
     assert timeless(out) == timeless(whole)
     assert out.with_suffix(".jsonl").read_text() == whole.with_suffix(".jsonl").read_text()
     assert not parts.exists()

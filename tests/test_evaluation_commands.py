@@ -113,7 +113,12 @@ def test_processbench_killed_within_a_subset_goes_on(paths, tmp_path, monkeypatc
     assert cli.main([*words, str(out)]) == 2  # not without --resume
 
     scored, replace, plain = [], os.replace, token_scores._scores
-    monkeypatch.setattr(token_scores, "_scores", lambda *given: scored.append(len(given[1])) or plain(*given))
+
+    def counted(scorer, answers, **how):
+        scored.append(len(answers))
+        return plain(scorer, answers, **how)
+
+    monkeypatch.setattr(token_scores, "_scores", counted)
 
     def failing(source, target):
         if target == out / "gsm8k.parquet":

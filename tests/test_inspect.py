@@ -15,6 +15,7 @@ pytest.importorskip("jinja2")
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.commands import main as cli
 from ipvrm_core.trainer.evaluation.token_scores import Scorer, token_scores
+from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.models import add_value_head, save_model
 from ipvrm_core.trainer.report.inspection import inspect, token_texts, write_page
 from ipvrm_core.trainer.text.steps import Format
@@ -25,7 +26,8 @@ PROBLEM, STEPS = "5*5-6?", ["5*5=5", "5-6=9", "#9"]
 
 @pytest.fixture
 def scorer(tiny_experiment, tiny_model):
-    return Scorer(tiny_experiment().tokenizer, tiny_model(1, 4.0), tiny_model(2, 4.0))
+    models = (LanguageModel(tiny_model(number, 4.0)) for number in (1, 2))
+    return Scorer(tiny_experiment().text.tokenizer, *models)
 
 
 def log_softmax(scorer):
@@ -34,7 +36,7 @@ def log_softmax(scorer):
     start = len(PROBLEM)
     with torch.no_grad():
         both = [
-            m(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
+            m.model(input_ids=torch.tensor([ids])).logits[0, start - 1 : -1].log_softmax(-1)
             for m in (scorer.model, scorer.reference)
         ]
     return *both, ids[start:]
@@ -88,7 +90,7 @@ def test_log_probs_alone(scorer):
 
 def test_a_value_head(scorer):
     """The head's outputs are the values; the mean so far is what training compares; no candidates, no sigma."""
-    head = add_value_head(scorer.model)
+    head = add_value_head(scorer.model.model)
     torch.nn.init.normal_(head.weight)
     alone = scorer._replace(reference=None)
     shown = inspect(alone, PROBLEM, STEPS, FORM, beta=2.0, threshold=0.0)
@@ -108,7 +110,7 @@ def test_a_value_head(scorer):
 
 
 def test_a_long_text_is_refused(scorer):
-    scorer.reference.config.max_position_embeddings = 20
+    scorer.reference.model.config.max_position_embeddings = 20
     with pytest.raises(ValueError, match="the text: 21 tokens, more than the 20 that the model has positions for"):
         inspect(scorer, "1" + PROBLEM, STEPS, FORM)
 
@@ -138,9 +140,9 @@ def test_bad_sigma(scorer):
 @pytest.mark.parametrize("kind", ["log-ratio", "log-prob", "value"])
 def test_the_command(scorer, tmp_path, capsys, kind):
     if kind == "value":
-        torch.nn.init.normal_(add_value_head(scorer.model).weight)
+        torch.nn.init.normal_(add_value_head(scorer.model.model).weight)
     for name, part in (("model", scorer.model), ("reference", scorer.reference)):
-        save_model(part, scorer.tokenizer, tmp_path / name)
+        save_model(part.model, scorer.tokenizer, tmp_path / name)
     (tmp_path / "answer.txt").write_text(";".join(STEPS) + "\n")
     words = ["inspect", "--model", str(tmp_path / "model"), "--device", "cpu", "--joiner", ";", "--plain-joiner", ""]
     words += ["--out", str(tmp_path / "page.html")]
@@ -163,7 +165,7 @@ def test_the_command(scorer, tmp_path, capsys, kind):
 def words(scorer, tmp_path):
     """The command's models and the format of the chain task."""
     for name, part in (("model", scorer.model), ("reference", scorer.reference)):
-        save_model(part, scorer.tokenizer, tmp_path / name)
+        save_model(part.model, scorer.tokenizer, tmp_path / name)
     models = ["--model", str(tmp_path / "model"), "--reference", str(tmp_path / "reference"), "--device", "cpu"]
     return ["inspect", *models, "--joiner", ";", "--plain-joiner", ""]
 
@@ -269,7 +271,7 @@ def test_the_script_draws_two_models(scorer, tmp_path):
 @pytest.mark.parametrize("kind", ["log-prob", "value"])
 def test_the_script_draws_other_kinds(scorer, tmp_path, kind):
     if kind == "value":
-        torch.nn.init.normal_(add_value_head(scorer.model).weight)
+        torch.nn.init.normal_(add_value_head(scorer.model.model).weight)
     found = shown_in_node(tmp_path, [inspect(scorer._replace(reference=None), PROBLEM, STEPS, FORM)])
     names = {"log-prob": ["advantage", "ours", "entropy", "value"], "value": ["value"]}[kind]
     assert list(found["colours"]) == names

@@ -93,7 +93,7 @@ def policy(run: Path, name: str, with_model: bool) -> None:
             "new_quantity": float(step),
         }
         if with_model:
-            row |= {"sigma_v": 20 + noise.gauss(0, 1), "rm_accuracy": 0.8, "gae_std": 4.6}
+            row |= {"sigma_v": 20 + noise.gauss(0, 1), "rm_accuracy": 0.8, "process_std": 4.6}
             row |= {"rm_auc": 0.8} if step % 7 else {}  # an unmixed batch has no AUC
         rows.append(row)
     write_metrics(run / "rl" / name, rows)
@@ -267,7 +267,7 @@ def test_partial_run_names_the_missing_commands(config, tmp_path):
     steps = config.rm["ipvrm"].steps
     assert f"rm.ipvrm is not finished (step 40 of {steps}): ipvrm train-rm --name ipvrm {place} --resume" in text
     assert f"rm.implicit_prm has not been run: ipvrm train-rm --name implicit_prm {place}" in text
-    assert f"rl.distrl has not been run: ipvrm distrl --name distrl {place}" in text
+    assert f"rl.distrl has not been run: ipvrm rl --name distrl {place}" in text
     assert f"eval has not been run: ipvrm eval {place}" in text
     pngs = {path.stem for path in (run / "report").glob("*.png")}
     assert {"sft-nll", "rm-loss"} <= pngs

@@ -6,7 +6,6 @@ import torch
 pytest.importorskip("transformers")
 
 from ipvrm_core.objectives.endorm import Endorm
-from ipvrm_core.trainer import models
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.evaluation import token_scores as module
 from ipvrm_core.trainer.evaluation.token_scores import (
@@ -16,7 +15,8 @@ from ipvrm_core.trainer.evaluation.token_scores import (
     scored_batches,
     token_scores,
 )
-from ipvrm_core.trainer.models import add_value_head, character_tokenizer
+from ipvrm_core.trainer.models import add_value_head, character_tokenizer, load
+from tests import tiny_models
 from tests.tiny_models import log_ratio_scorer, model, plain_scores, saved, scorer_of, tokenizer, value_model
 
 KINDS = ("log-ratio", "log-prob", "value")
@@ -90,13 +90,13 @@ def test_scores_that_say_nothing_are_refused(monkeypatch):
     untrained = model(1)
     add_value_head(untrained)
     with pytest.raises(ValueError, match="all values are 0: the value head was never trained"):
-        token_scores(scorer._replace(model=untrained, reference=None), ANSWERS, 100)
-    monkeypatch.setattr(module, "_scores", lambda *_: torch.tensor([1.0, float("nan"), float("inf")]))
+        token_scores(tiny_models.scorer(untrained), ANSWERS, 100)
+    monkeypatch.setattr(module, "_scores", lambda *_, **how: torch.tensor([1.0, float("nan"), float("inf")]))
     with pytest.raises(ValueError, match="token scores must be finite; 2 of 3 are not"):
         token_scores(scorer, ANSWERS, 100)
 
 
 def test_a_gguf_file_without_its_package(monkeypatch):
-    monkeypatch.setattr(models, "find_spec", lambda name: None)
+    monkeypatch.setattr(load, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"a\.gguf needs the package gguf.*pip install 'ipvrm-core\[gguf\]'"):
         load_language_model("folder/a.gguf")

@@ -9,11 +9,13 @@ pytest.importorskip("transformers")
 
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import ConfigError, check
-from ipvrm_core.trainer.evaluation import accuracy, rank_analysis
+from ipvrm_core.trainer.evaluation import accuracy
 from ipvrm_core.trainer.evaluation.candidate_statistics import candidate_statistics
-from ipvrm_core.trainer.evaluation.rank_analysis import Prefix, rank_auc
+from ipvrm_core.trainer.evaluation.rank_analysis import Prefix, continued_prefixes, rank_auc
 from ipvrm_core.trainer.evaluation.token_scores import Scorer
-from ipvrm_core.trainer.sampling.generate import Sample
+from ipvrm_core.trainer.language_model import LanguageModel
+from ipvrm_core.trainer.sampling.base import Sample
+from ipvrm_core.trainer.sampling.verified import Asker
 from ipvrm_core.trainer.verify import Verdict
 
 
@@ -28,7 +30,8 @@ def test_candidate_statistics_against_softmax(tiny_model, temperature):
             logits = model(input_ids=ids).logits[0, len(answer.prompt_ids) - 1 : -1]
         probabilities.append((logits / temperature).softmax(-1))
     p_NV = torch.cat(probabilities)
-    found = candidate_statistics(model, answers, 1000, [0.2, 0.05, 0.1], temperature)
+    policy = LanguageModel(model, temperature=temperature, max_tokens=1000)
+    found = candidate_statistics(policy, answers, [0.2, 0.05, 0.1])
     assert list(found) == ["0.2", "0.05", "0.1"]
     for p_min, row in found.items():
         member_NV = p_NV >= float(p_min)
@@ -38,7 +41,7 @@ def test_candidate_statistics_against_softmax(tiny_model, temperature):
         assert row["empty"] == pytest.approx((member_NV.sum(1) == 0).double().mean().item())
     assert found["0.05"]["size"] > found["0.2"]["size"] > 0
     with pytest.raises(ValueError, match=r"P_min must be in \(0, 1\]; got \[0.0\]"):
-        candidate_statistics(model, answers, 1000, [0.1, 0.0])
+        candidate_statistics(policy, answers, [0.1, 0.0])
 
 
 def test_rank_auc_by_hand():
@@ -58,41 +61,35 @@ def test_prefixes_are_continued_where_they_were_cut(tiny_experiment, tiny_model,
     """Two answers of 8 and 1 tokens, cut at a quarter and a half; every continuation with an even first id is right."""
     experiment = tiny_experiment()
     examples = experiment.test_examples(2)
-    prompts = [experiment.encode_prompt(example) for example in examples]
+    prompts = [experiment.text.prompt_ids(example) for example in examples]
     whole, short = [3, 4, 5, 6, 7, 8, 9, 10], [3]
     asked = []
 
-    def generate(model, tokenizer, given, samples=1, **settings):
-        if samples == 1:
-            return [Sample(p, ids, [0.0] * len(ids), True) for p, ids in zip(given, [whole, short], strict=True)]
-        asked.extend(given)
-        return [Sample(p, [4 + s], [0.0], True) for p in given for s in range(samples)]
+    class Scripted:
+        def sample(self, given, drawing):
+            if drawing.samples == 1:
+                return [Sample(p, ids, [0.0] * len(ids), True) for p, ids in zip(given, [whole, short], strict=True)]
+            asked.extend(given)
+            return [Sample(p, [4 + s], [0.0], True) for p in given for s in range(drawing.samples)]
 
     class Parity:
         def __call__(self, texts, golds):
             judged.append(texts)
-            return [Verdict(experiment.tokenizer(text)["input_ids"][-1] % 2 == 0, "ok") for text in texts]
-
-        def close(self):
-            pass
+            return [Verdict(experiment.text.tokenizer(text)["input_ids"][-1] % 2 == 0, "ok") for text in texts]
 
     judged: list = []
-    monkeypatch.setattr(rank_analysis, "generate", generate)
-    experiment.__dict__["verifier"] = Parity()
-    model, reference = tiny_model(1), tiny_model(2)
-    scorer = Scorer(experiment.tokenizer, model, reference)
-    found = rank_analysis.continued_prefixes(
-        experiment, reference, scorer, examples, beta=2.0, samples=3, fractions=(0.5, 0.25)
-    )
+    monkeypatch.setattr(experiment, "sampler", lambda policy: Scripted())
+    monkeypatch.setattr(experiment, "asker", Asker(experiment.text, Parity()))
+    model, reference = (experiment.language_model(tiny_model(number)) for number in (1, 2))
+    scorer = Scorer(experiment.text.tokenizer, model, reference)
+    found = continued_prefixes(experiment, reference, scorer, examples, beta=2.0, samples=3, fractions=(0.5, 0.25))
     assert asked == [prompts[0] + whole[:2], prompts[0] + whole[:4]]  # one token has no cut
     assert [(prefix.right, prefix.total) for prefix in found] == [(2, 3), (2, 3)]
-    assert judged[0][0] == experiment.decode([3, 4, 4])
+    assert judged[0][0] == experiment.text.decode([3, 4, 4])
     ids = torch.tensor([prompts[0] + whole])
     with torch.no_grad():
-        q = [
-            m(input_ids=ids).logits[0, len(prompts[0]) - 1 : -1].log_softmax(-1).gather(1, ids[0, -8:, None])[:, 0]
-            for m in (model, reference)
-        ]
+        logprobs = [m.model(input_ids=ids).logits[0, :-1].log_softmax(-1) for m in (model, reference)]
+    q = [of_LV.gather(1, ids[0, 1:, None])[-8:, 0] for of_LV in logprobs]
     q_N = 2 * (q[0] - q[1])
     for prefix, length in zip(found, (2, 4), strict=True):
         assert prefix.value == pytest.approx(q_N[:length].sum().item(), abs=1e-3)

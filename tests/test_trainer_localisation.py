@@ -117,16 +117,17 @@ def test_score_traces_against_one_trace_at_a_time(tiny_experiment, tiny_model):
     """Sums of log p - log p_ref over the characters of every step, read from the models' own logits."""
     from ipvrm_core.trainer.evaluation.step_scores import score_traces
 
-    experiment, model, reference = tiny_experiment(), tiny_model(1), tiny_model(2)
+    experiment = tiny_experiment()
+    model, reference = (experiment.language_model(tiny_model(number)) for number in (1, 2))
     traces = experiment.task.labelled_traces(3, 5, "train")
     scored = score_traces(experiment, model, reference, traces)
     assert len({len(trace.steps) for trace in traces}) > 1
     for number, trace in enumerate(traces):
         text = trace.prompt + "".join(trace.steps)
-        ids = torch.tensor([experiment.tokenizer(text)["input_ids"]])
+        ids = torch.tensor([experiment.text.tokenizer(text)["input_ids"]])
         with torch.no_grad():
             q_L = [
-                (m(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0])
+                (m.model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0])
                 for m in (model, reference)
             ]
         per_character = (q_L[0] - q_L[1])[len(trace.prompt) - 1 :].tolist()

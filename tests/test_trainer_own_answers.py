@@ -13,8 +13,7 @@ from ipvrm_core.trainer.data.tasks import ChainTask
 from ipvrm_core.trainer.evaluation import own_answers
 from ipvrm_core.trainer.evaluation.own_answers import OwnAnswers, as_traces, best_of_n, sample_own
 from ipvrm_core.trainer.evaluation.reward_model import judge
-from ipvrm_core.trainer.reward import sampled_logprobs
-from ipvrm_core.trainer.sampling.generate import Sample
+from ipvrm_core.trainer.sampling.base import Sample
 from ipvrm_core.trainer.verify import Verdict
 
 START = torch.nn.Identity()  # the policy that wrote the answers, where only its identity matters
@@ -32,7 +31,7 @@ def written(tiny_experiment):
         for example, row in zip(examples, texts, strict=True):
             right = example.solution
             for text in (text.replace("RIGHT", right).replace("VALUE", right[-1]) for text in row):
-                ids = experiment.tokenizer(text)["input_ids"]
+                ids = experiment.text.tokenizer(text)["input_ids"]
                 samples.append(Sample([1], ids, [0.0] * len(ids), True))
                 found = task.answer_of(text)
                 verdicts.append(Verdict(found == example.answer, "ok" if found else "no_answer", found))
@@ -58,12 +57,13 @@ def test_own_answers_become_labelled_traces(written):
 def test_steps_of_own_answers_are_located(written, tiny_model):
     """Where there are answers of both kinds, F1 is that of their labels; else this style is left out."""
     experiment, own = written([["RIGHT"], ["#VALUE"], ["RIGHT"]])
-    found = judge(experiment, tiny_model(1), tiny_model(2), Ipvrm(), own)["localisation"]
+    models = experiment.language_model(tiny_model(1)), experiment.language_model(tiny_model(2))
+    found = judge(experiment, *models, Ipvrm(), own)["localisation"]
     assert (found["sampled/process"]["erroneous"], found["sampled/process"]["correct"]) == (1, 2)
     assert found["sampled/process"]["accuracy_correct"] in (0, 0.5, 1)
     assert found["train/process"]["erroneous"] + found["train/process"]["correct"] == experiment.config.eval.traces
     experiment, own = written([["RIGHT"], ["RIGHT"]])
-    assert set(judge(experiment, tiny_model(1), tiny_model(2), Ipvrm(), own)["localisation"]) == {
+    assert set(judge(experiment, *models, Ipvrm(), own)["localisation"]) == {
         f"{style}/{protocol}" for style in ("train", "terse") for protocol in ("process", "prefix")
     }
 
@@ -72,7 +72,7 @@ def test_best_of_n_takes_the_highest_score(written, monkeypatch):
     """Scores of tokens: 1 in right answers, -1 in wrong ones, so that the best of N is right whenever any is."""
     experiment, own = written([["RIGHT", "#00", "#11", "#1"], ["#VALUE", "#VALUE", "#1+", "#2+"]], best_of=[1, 2, 4])
 
-    def scores(_experiment, _model, _objective, answers, _reference):
+    def scores(_model, _objective, answers, _reference):
         return torch.cat(
             [
                 torch.full((len(answer.response_ids),), sign)
@@ -95,27 +95,28 @@ def test_best_of_n_takes_the_highest_score(written, monkeypatch):
 def test_the_reference_of_the_scores(written, tiny_model):
     """The policy itself takes the log-probs that are kept; any other is asked."""
     experiment, own = written([["RIGHT", "#00"]], best_of=[2])
-    start, model = tiny_model(1, 2.0), tiny_model(2, 2.0)
-    kept_N = sampled_logprobs(experiment, start, own.answers)
+    start, model, other = (experiment.language_model(tiny_model(number, 2.0)) for number in (1, 2, 1))
+    kept_N = start.logprobs(own.answers)
     own, first = replace(own, policy=start, logprobs_N=kept_N), slice(len(own.samples[0].response_ids))
-    asked = best_of_n(experiment, model, tiny_model(1, 2.0), Ipvrm(), own)
+    asked = best_of_n(experiment, model, other, Ipvrm(), own)
     assert best_of_n(experiment, model, start, Ipvrm(), own) == asked
     kept_N[first] += 1e3
     assert best_of_n(experiment, model, start, Ipvrm(), own)["2"]["best:vbar"] == 0  # the right one looks unlikely
-    assert best_of_n(experiment, model, tiny_model(1, 2.0), Ipvrm(), own) == asked
+    assert best_of_n(experiment, model, other, Ipvrm(), own) == asked
     kept_N[first] -= 2e3
     assert best_of_n(experiment, model, start, Ipvrm(), own)["2"]["best:vbar"] == 1
 
 
 def test_own_answers_depend_on_the_configuration_alone(tiny_experiment, tiny_model):
     experiment = tiny_experiment(eval={"prompts": 3, "best_of_n": [2, 4]})
-    first = sample_own(experiment, tiny_model(1, 2.0))
+    policy = experiment.language_model(tiny_model(1, 2.0))
+    first = sample_own(experiment, policy)
     torch.rand(5)
-    again = sample_own(experiment, tiny_model(1, 2.0))
+    again = sample_own(experiment, policy)
     assert (first.samples, first.verdicts) == (again.samples, again.verdicts)
     assert torch.equal(first.logprobs_N, again.logprobs_N)
     assert (first.per_prompt, len(first.samples), len(first.first)) == (4, 12, 3)
     assert first.first == first.samples[::4]
-    prompts = [experiment.encode_prompt(example) for example in first.examples for _ in range(4)]
+    prompts = [experiment.text.prompt_ids(example) for example in first.examples for _ in range(4)]
     assert [sample.prompt_ids for sample in first.samples] == prompts
     assert json.dumps([verdict.correct for verdict in first.verdicts])

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ipvrm_core.trainer import cli_accuracy, cli_inspect, cli_processbench
+from ipvrm_core.trainer.commands import accuracy, inspect, processbench
 from ipvrm_core.trainer.commands.options import (
     BETA,
     MODEL,
@@ -22,9 +22,9 @@ from ipvrm_core.trainer.commands.options import (
 
 def add(commands) -> None:
     """Add every command of this file to the parser's subcommands."""
-    cli_processbench.add(commands)
-    cli_accuracy.add(commands)
-    cli_inspect.add(commands)
+    processbench.add(commands)
+    accuracy.add(commands)
+    inspect.add(commands)
     _best_of_n(commands)
     _candidates(commands)
 
