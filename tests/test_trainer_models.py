@@ -3,8 +3,10 @@
 import pytest
 import torch
 
-from ipvrm_core import linear_logprobs
-from ipvrm_core.trainer.models import check_head, head_of, hidden_states
+from ipvrm_core.trainer.batching import Answer
+from ipvrm_core.trainer.language_model import LanguageModel
+from ipvrm_core.trainer.models import check_head
+from tests.batches import full_logits
 
 SIZES = {
     "vocab_size": 50,
@@ -30,20 +32,33 @@ def make(name: str, **more):
     return model
 
 
-def test_a_soft_cap_is_applied():
-    model = make("Gemma2", final_logit_softcapping=5.0)
-    ids = torch.arange(10)[None]
-    head = head_of(model)
-    assert head.softcap == 5.0
-    logits = model(input_ids=ids).logits[0]
-    assert 4 < logits.abs().max() <= 5
-    hidden = hidden_states(model, ids, torch.ones_like(ids))[0]
-    ours = linear_logprobs(hidden, head.weight, ids.T, **head.options).logprobs_NK
-    torch.testing.assert_close(ours, logits.log_softmax(-1).gather(1, ids.T), rtol=1e-5, atol=1e-5)
-    check_head(model)
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        ("Gemma2", {"final_logit_softcapping": 5.0}),
+        ("Granite", {"logits_scaling": 3.0}),
+        ("Cohere", {"logit_scale": 0.25, "use_qk_norm": False}),
+    ],
+)
+def test_soft_cap_and_scale_of_a_model_reach_its_log_probs(name, more):
+    model = LanguageModel(make(name, **more), temperature=0.7)
+    answers = [Answer([3, 4], list(range(5, 12)))]
+    with torch.no_grad():
+        logits = full_logits(model, answers)
+    if name == "Gemma2":
+        assert 4 < logits.abs().max() <= 5
+    ids = torch.tensor(answers[0].response_ids)[:, None]
+    expected = (logits / 0.7).log_softmax(-1).gather(1, ids)[:, 0]
+    torch.testing.assert_close(model.logprobs(answers), expected, rtol=1e-5, atol=1e-5)
+    check_head(model.model)
 
 
 def test_a_head_that_does_more_is_refused():
-    check_head(make("Granite", logits_scaling=1.0))
-    with pytest.raises(ValueError, match=r"GraniteForCausalLM does more in its head .*logit scaling is not supported"):
-        check_head(make("Granite", logits_scaling=3.0))
+    model = make("Llama")
+    model.lm_head.register_forward_hook(lambda _module, _args, logits: logits.exp())
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM does more in its head than .* \(log-probs differ by"):
+        check_head(model)
+    both = make("Gemma2", final_logit_softcapping=5.0)
+    both.config.logit_scale = 0.5
+    with pytest.raises(ValueError, match=r"logit scale \(0.5\) and a soft cap \(5\)"):
+        check_head(both)

@@ -12,18 +12,21 @@ from ipvrm_core.objectives.qrm import Qrm
 from ipvrm_core.objectives.repirl import Repirl
 from ipvrm_core.sequences.reward_losses import qrm_loss, repirl_weights
 from ipvrm_core.trainer import checkpoint
-from ipvrm_core.trainer import credit as crediting
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import Lora, RlRewardModel
-from ipvrm_core.trainer.evaluation.step_scores import score_traces
-from ipvrm_core.trainer.models import add_lora, load_pretrained, save_model
+from ipvrm_core.trainer.data.tasks import ChainTask
+from ipvrm_core.trainer.evaluation.reward_model.step_scores import score_traces
+from ipvrm_core.trainer.language_model import LanguageModel
+from ipvrm_core.trainer.models import add_lora, character_tokenizer, load_pretrained, save_model
 from ipvrm_core.trainer.phases import rollout, train_rm
-from ipvrm_core.trainer.reward import auc, backward_reward_loss, sampled_logprobs, scores
+from ipvrm_core.trainer.reward import auc, backward_reward_loss, scores
+from ipvrm_core.trainer.rl import reward_update
 from ipvrm_core.trainer.rl.collect import Collected
-from ipvrm_core.trainer.rl.credit import old_policy, update_reward_model
-from tests.batches import CU, LENGTHS, at_limit, two_prompts, with_value_head
+from ipvrm_core.trainer.rl.old_policy import old_policy
+from tests.batches import CU, LENGTHS, two_prompts, with_value_head
 
 PAPER = METHODS["paper"]
+TOKENIZER = character_tokenizer(ChainTask.alphabet)
 
 
 @pytest.fixture
@@ -31,54 +34,56 @@ def batch() -> Collected:
     return two_prompts()
 
 
+@pytest.fixture
+def lm(tiny_model):
+    """make(number, value_head, **settings) -> LanguageModel of `tiny_model(number)`."""
+
+    def make(number: int = 1, value_head: bool = False, **settings) -> LanguageModel:
+        model = tiny_model(number)
+        return LanguageModel(with_value_head(model) if value_head else model, **settings)
+
+    return make
+
+
 # ---- the value head
 
 
-def test_a_value_head_scores_the_state_after_each_token(tiny_experiment, tiny_model, batch):
-    experiment, model = tiny_experiment(micro_batch_tokens=24), with_value_head(tiny_model(1))
-    ours = scores(experiment, model, Qrm(), batch.answers)
-    expected = []
-    with torch.no_grad():
-        for answer in batch.answers:
-            ids = torch.tensor([answer.prompt_ids + answer.response_ids])
-            hidden = model.get_decoder()(input_ids=ids).last_hidden_state[0, len(answer.prompt_ids) :]
-            expected.append((hidden @ model.value_head.weight[0]) + model.value_head.bias)
-    torch.testing.assert_close(ours, torch.cat(expected), rtol=0, atol=1e-4)
-
-
-def test_the_score_of_each_kind(tiny_experiment, tiny_model, batch):
-    experiment, model = tiny_experiment(), tiny_model(1)
-    own, reference = sampled_logprobs(experiment, model, batch.answers), torch.randn(sum(LENGTHS))
-    assert torch.equal(scores(experiment, model, Ipvrm(), batch.answers, reference), own - reference)
-    assert torch.equal(scores(experiment, model, Endorm(), batch.answers), own)
-    assert torch.equal(scores(experiment, model, Endorm(), batch.answers, reference), own)
-    explicit = Repirl(head="value")
-    values = scores(experiment, with_value_head(model), explicit, batch.answers, reference)
-    assert torch.equal(values, scores(experiment, model, Qrm(), batch.answers))
+def test_the_score_of_each_kind(lm, batch):
+    model = lm(value_head=True)
+    own, reference = model.logprobs(batch.answers), torch.randn(sum(LENGTHS))
+    assert torch.equal(scores(model, Ipvrm(), batch.answers, reference), own - reference)
+    assert torch.equal(scores(model, Endorm(), batch.answers), own)
+    assert torch.equal(scores(model, Endorm(), batch.answers, reference), own)
+    values = scores(model, Repirl(head="value"), batch.answers, reference)
+    assert torch.equal(values, scores(model, Qrm(), batch.answers))
+    assert torch.equal(values, model.values(batch.answers))
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_a_value_head_is_trained_saved_and_loaded(tiny_experiment, tiny_model, batch, tmp_path, lora):
-    experiment, model = tiny_experiment(), tiny_model(1)
+def test_a_value_head_is_trained_saved_and_loaded(tiny_model, batch, tmp_path, lora):
+    def values(model):
+        return scores(LanguageModel(model), Qrm(), batch.answers)
+
+    model = tiny_model(1)
     if lora:
         model = add_lora(model, Lora(rank=2, alpha=4.0))
     with_value_head(model)
     trained = checkpoint.trainable(model)
     assert sum("value_head" in name for name in trained) == 2
     assert not any("lora" in name and "value_head" in name for name in trained)
-    before = scores(experiment, model, Qrm(), batch.answers)
-    save_model(model, experiment.tokenizer, tmp_path / "model")
+    before = values(model)
+    save_model(model, TOKENIZER, tmp_path / "model")
     loaded = load_pretrained(tmp_path / "model")
-    torch.testing.assert_close(scores(experiment, loaded, Qrm(), batch.answers), before, rtol=0, atol=1e-5)
+    torch.testing.assert_close(values(loaded), before, rtol=0, atol=1e-5)
     again = add_lora(loaded, Lora(rank=2, alpha=4.0))  # the online update: adapters on a model that has a value head
     trained = checkpoint.trainable(again)
     assert sum("value_head" in name for name in trained) == 2
     assert not any("lora" in name and "value_head" in name for name in trained)
-    torch.testing.assert_close(scores(experiment, again, Qrm(), batch.answers), before, rtol=0, atol=1e-5)
+    torch.testing.assert_close(values(again), before, rtol=0, atol=1e-5)
 
 
-def test_a_model_without_a_value_head_is_saved_as_before(tiny_experiment, tiny_model, tmp_path):
-    save_model(tiny_model(), tiny_experiment().tokenizer, tmp_path / "model")
+def test_a_model_without_a_value_head_is_saved_as_before(tiny_model, tmp_path):
+    save_model(tiny_model(), TOKENIZER, tmp_path / "model")
     assert not (tmp_path / "model/value_head.safetensors").exists()
     assert not hasattr(load_pretrained(tmp_path / "model"), "value_head")
 
@@ -92,17 +97,14 @@ def test_a_model_without_a_value_head_is_saved_as_before(tiny_experiment, tiny_m
     ids=lambda o: f"{o.name}-{o.head}",
 )
 @pytest.mark.parametrize("limit", [1, 40])
-def test_reward_gradient_does_not_depend_on_micro_batches(tiny_experiment, tiny_model, batch, objective, limit):
+def test_reward_gradient_does_not_depend_on_micro_batches(lm, batch, objective, limit):
     """For rePIRL this says that the weights of failed answers share one normaliser over the whole step."""
     results = []
     for tokens in (10_000, limit):
-        experiment = at_limit(tiny_experiment, tokens)
-        model = tiny_model(1)
-        if objective.head == "value":
-            with_value_head(model)
-        reference_N = sampled_logprobs(experiment, tiny_model(2), batch.answers)
+        model = lm(value_head=objective.head == "value", max_tokens=tokens)
+        reference_N = lm(2).logprobs(batch.answers)
         weights = torch.full((6,), 1 / 6)
-        loss = backward_reward_loss(experiment, model, objective, batch.answers, reference_N, batch.rewards_B, weights)
+        loss = backward_reward_loss(model, objective, batch.answers, reference_N, batch.rewards_B, weights)
         results.append((loss, [p.grad for p in model.parameters() if p.grad is not None]))
     (loss, grads), (other_loss, other_grads) = results
     assert other_loss == pytest.approx(loss, rel=1e-4)
@@ -113,62 +115,50 @@ def test_reward_gradient_does_not_depend_on_micro_batches(tiny_experiment, tiny_
         )  # Q-RM: the bias cancels
 
 
-def test_the_loss_sees_the_same_scores_as_everybody_else(tiny_experiment, tiny_model, batch):
+def test_the_loss_sees_the_same_scores_as_everybody_else(lm, batch):
     """Of a value head: the state after each token, in training as in scoring. Pairs (0, 1), (2, 3), (4, 5)."""
-    experiment, model = tiny_experiment(), with_value_head(tiny_model(1))
-    score_N = scores(experiment, model, Qrm(), batch.answers)
+    model = lm(value_head=True)
+    score_N = scores(model, Qrm(), batch.answers)
     expected = qrm_loss(score_N, CU, torch.arange(6).view(3, 2)).mean().item()
     unused_N, weights_B = torch.zeros(sum(LENGTHS)), torch.full((6,), 1 / 6)
-    loss = backward_reward_loss(experiment, model, Qrm(), batch.answers, unused_N, batch.rewards_B, weights_B)
+    loss = backward_reward_loss(model, Qrm(), batch.answers, unused_N, batch.rewards_B, weights_B)
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("given", [False, True])
-def test_the_weights_of_repirl_are_of_the_policy_that_sampled(tiny_experiment, tiny_model, batch, given):
+def test_the_weights_of_repirl_are_of_the_policy_that_sampled(lm, batch, given):
     """The loss by its formula from scores and log-probs; without policy_logprobs_N the reference is that policy."""
-    experiment, model, objective = tiny_experiment(), tiny_model(1), Repirl(beta=0.5)
-    reference_N = sampled_logprobs(experiment, tiny_model(2), batch.answers)
-    policy_N = sampled_logprobs(experiment, tiny_model(3), batch.answers)
-    reward_N = 0.5 * (sampled_logprobs(experiment, model, batch.answers) - reference_N)
+    model, objective = lm(), Repirl(beta=0.5)
+    reference_N, policy_N = lm(2).logprobs(batch.answers), lm(3).logprobs(batch.answers)
+    reward_N = 0.5 * (model.logprobs(batch.answers) - reference_N)
     weights_B = repirl_weights(
         reward_N, policy_N if given else reference_N, CU, batch.rewards_B, torch.full((6,), 1 / 6)
     )
     means = torch.stack([piece.mean() for piece in reward_N.split(LENGTHS)])
     expected = (weights_B * means * (1 - 2 * batch.rewards_B)).sum().item()
     arguments = (batch.answers, reference_N, batch.rewards_B, torch.full((6,), 1 / 6), None)
-    loss = backward_reward_loss(experiment, model, objective, *arguments, policy_N if given else None)
+    loss = backward_reward_loss(model, objective, *arguments, policy_N if given else None)
     assert loss == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
     ("objective", "plain", "boundary"), [(Prime(), True, False), (ImplicitPrm(), False, False), (Ipvrm(), False, True)]
 )
-def test_online_weights_and_boundary(tiny_experiment, tiny_model, batch, monkeypatch, objective, plain, boundary):
+def test_online_weights_and_boundary(lm, batch, monkeypatch, objective, plain, boundary):
     """1/B for PRIME; 1 - mu and mu for those that take the dynamic weights; V(x) only for IPVRM; pi_old always."""
     seen = {}
 
-    def record(experiment, model, objective, answers, ref_N, labels_B, weights_B, boundary_B, policy_N):
+    def record(model, objective, answers, ref_N, labels_B, weights_B, boundary_B, policy_N):
         seen.update(labels=labels_B, weights=weights_B, boundary=boundary_B, ref=ref_N, policy=policy_N)
         return 0.0
 
-    monkeypatch.setattr(crediting, "backward_reward_loss", record)
-    monkeypatch.setattr(crediting, "apply_step", lambda *_: 0.0)
-    experiment, model = tiny_experiment(), tiny_model()
-    old = old_policy(experiment, model, PAPER, batch)
+    monkeypatch.setattr(reward_update, "backward_reward_loss", record)
+    monkeypatch.setattr(reward_update, "apply_step", lambda *_: 0.0)
+    old = old_policy(model := lm(), PAPER, batch.answers)
     torch.manual_seed(0)
-    update_reward_model(
-        experiment,
-        PAPER,
-        RlRewardModel(name="x"),
-        objective,
-        model,
-        None,
-        batch,
-        old.logprobs_N - 1,
-        old.cu_seqlens,
-        1,
-        1,
-        old.logprobs_N,
+    settings = RlRewardModel(name="x")
+    reward_update.update_reward_model(
+        model, None, objective, settings, PAPER, batch, old, old.logprobs_N - 1, step=1, total=1
     )
     assert torch.equal(seen["policy"] - 1, seen["ref"])
     assert (seen["boundary"] is not None) == boundary
@@ -181,20 +171,20 @@ def test_online_weights_and_boundary(tiny_experiment, tiny_model, batch, monkeyp
 
 
 @pytest.mark.parametrize("objective", [Endorm(decay=0.8), Qrm(), Ipvrm()], ids=lambda o: o.name)
-def test_steps_and_answers_are_scored_by_the_objective(tiny_experiment, tiny_model, objective):
+def test_steps_and_answers_are_scored_by_the_objective(tiny_experiment, lm, objective):
     """Step sums and the held-out AUC from token scores: discounted log-probs, values, log-ratios."""
-    experiment, model, reference = tiny_experiment(), with_value_head(tiny_model(1)), tiny_model(2)
+    experiment, model, reference = tiny_experiment(), lm(value_head=True), lm(2)
     traces = experiment.task.labelled_traces(3, 4, "train")
     scored = score_traces(experiment, model, reference, traces, objective)
 
     def encode(text: str) -> list[int]:
-        return experiment.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return experiment.text.tokenizer(text, add_special_tokens=False)["input_ids"]
 
     groups = []
     for trace, process in zip(traces, scored["process"], strict=True):
         answer = Answer(encode(trace.prompt), encode("".join(trace.steps)))
-        ref_N = sampled_logprobs(experiment, reference, [answer])
-        token_N = scores(experiment, model, objective, [answer], ref_N)
+        ref_N = reference.logprobs([answer])
+        token_N = scores(model, objective, [answer], ref_N)
         if objective.name == "endorm":
             token_N = token_N * 0.8 ** torch.arange(len(token_N))
         expected = [piece.sum().item() for piece in token_N.split([len(step) for step in trace.steps])]
