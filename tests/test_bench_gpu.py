@@ -10,31 +10,33 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from ipvrm_core.bench import correctness, largest, machine, memcheck, problems, report, truth
+from ipvrm_core import dispatch
+from ipvrm_core.bench import correctness, inputs, largest, machine, memcheck, problems, report, truth
 from ipvrm_core.bench.cases import HEADS, Setting, Shape
 from ipvrm_core.bench.compare import OURS, Run, compare
 from ipvrm_core.bench.device import Meter, measure
-from ipvrm_core.bench.gpu import SECTIONS, failures
+from ipvrm_core.bench.functions import ALL
+from ipvrm_core.bench.gpu import SECTIONS, failures, main
 from ipvrm_core.bench.peers import peers
 from ipvrm_core.bench.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
 CPU = torch.device("cpu")
+COMPARED = ("loss", "logits", "rows", "vocabularies", "variants")  # sections
 
 
-def command(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
-    arguments = ["--toy", "--json", str(folder / "out.json"), "--markdown", str(folder / "out.md"), *options]
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "ipvrm_core.bench.gpu", *arguments],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment},
-        capture_output=True,
-        text=True,
-    )
+def files(folder: Path) -> list[str]:
+    return ["--json", str(folder / "out.json"), "--markdown", str(folder / "out.md")]
 
 
 @pytest.mark.slow
 def test_the_command_end_to_end_in_the_interpreter(tmp_path):
-    done = command(tmp_path, "--peers", "eager", TRITON_INTERPRET="1")
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "ipvrm_core.bench.gpu", "--toy", "--peers", "eager", *files(tmp_path)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     result = json.loads((tmp_path / "out.json").read_text())
     assert (result["toy"], result["backend"], result["device"]) == (True, "triton", "cpu")
@@ -43,9 +45,10 @@ def test_the_command_end_to_end_in_the_interpreter(tmp_path):
     assert not [row for section in rows.values() for row in section if "error" in row]
     assert all(row["passed"] for row in rows["correctness"])
     checked = {row["function"] for row in rows["correctness"]}
-    assert {"distrl_loss", "logprobs_from_logits", "select_candidates", "gae", "ipvrm_loss"} <= checked
+    assert {*ALL, "gae", "ipvrm_loss"} <= checked
     assert {row["provider"] for row in rows["loss"]} == {"ours", "ours, 2 GiB buffer", "eager", "the products alone"}
-    assert all(row["deviation"]["rows"] < 1e-4 for row in rows["loss"] if row["provider"] != "the products alone")
+    compared = [row for name in COMPARED for row in rows[name] if row["provider"] != "the products alone"]
+    assert all(row["deviation"]["rows"] < 1e-4 for row in compared)
     assert all(row["peak_extra_bytes"] is None for row in rows["loss"])  # no memory on a CPU, and none invented
     assert "skipped" in rows["memcheck"][0]
     text = (tmp_path / "out.md").read_text()
@@ -56,15 +59,16 @@ def test_the_command_end_to_end_in_the_interpreter(tmp_path):
     assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
-def test_the_command_refuses_what_cannot_run(tmp_path):
-    done = command(tmp_path, TRITON_INTERPRET="0")
-    assert done.returncode == 2
-    assert "backend 'triton' cannot run" in done.stderr
+def test_the_command_refuses_what_cannot_run(monkeypatch, capsys):
+    monkeypatch.setattr(dispatch, "_INTERPRETING", False)
+    with pytest.raises(SystemExit, match="2"):
+        main(["--toy"])
+    assert "backend 'triton' cannot run: the tensors are on cpu" in capsys.readouterr().err
 
 
 def test_no_time_left_is_recorded(tmp_path):
-    done = command(tmp_path, "--backend", "chunked", "--minutes", "0", "--only", "correctness", "loss", "largest")
-    assert done.returncode == 0, done.stderr[-3000:]
+    few = ["--toy", "--backend", "chunked", "--minutes", "0", "--only", "correctness", "loss", "largest"]
+    assert main([*few, *files(tmp_path)]) == 0
     result = json.loads((tmp_path / "out.json").read_text())
     assert all(row["passed"] is None for row in result["sections"]["correctness"]["rows"])
     assert {row["skipped"] for row in result["sections"]["loss"]["rows"]} == {"no time left"}
@@ -198,6 +202,39 @@ def test_rates_come_from_the_products_of_the_same_case():
     assert us["cublas_fraction"] == pytest.approx(alone / us["cold_ms"]["median"])
     assert us["tflop_per_s"] == pytest.approx(3 * 2 * 4 * 8 * 65 / us["cold_ms"]["median"] / 1e9)
     assert set(us["deviation"]) == {"loss", "rows", "weight"}
+
+
+def test_random_inputs_have_what_they_promise():
+    x = inputs.make_inputs(4000, 8, 50, 5, row_temperatures=True)
+    ids_NS, weights_N2 = x.batch.ids_NS, torch.stack([x.batch.token_weights_N, x.batch.candidate_weights_N], dim=1)
+    assert (ids_NS[:, 0] >= 0).all()
+    assert torch.equal(ids_NS[1::2, 1], ids_NS[1::2, 0])
+    assert ids_NS[-1, 0] == 49
+    assert (ids_NS[:, 2:] < 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    assert (weights_N2 == 0).float().mean().item() == pytest.approx(0.2, abs=0.02)
+    logits_NV = (x.hidden @ x.weight.T + x.bias).detach()
+    logp_NS = (logits_NV / x.batch.temperatures_N[:, None]).log_softmax(-1).gather(1, ids_NS.clamp(min=0))
+    noise_NS = (x.batch.old_logprobs_NS - logp_NS)[ids_NS >= 0]
+    assert noise_NS.std().item() == pytest.approx(0.4, abs=0.02)
+    assert noise_NS.mean().item() == pytest.approx(0.0, abs=0.02)
+    assert x.batch.ref_logprobs_N is not None
+    again = inputs.make_inputs(4000, 8, 50, 5, row_temperatures=True)
+    assert torch.equal(again.batch.old_logprobs_NS, x.batch.old_logprobs_NS)
+
+
+def test_a_problem_is_one_step_of_whole_sequences():
+    """Weights are 1 / unmasked tokens, sampled advantages equal within a sequence, ratios near 1; candidates listed."""
+    problem = problems.make_problem(Setting("toy", Shape(2048, 16, 141), masked=0.3), CPU, torch.float32)
+    batch, (rows_M, slots_M) = problem.batch, problem.candidates_M
+    assert batch.token_weights_N.sum().item() == pytest.approx(1.0, abs=1e-4)
+    assert torch.equal(batch.token_weights_N != 0, problem.sampled.mask_N)
+    assert all(len(advantages.unique()) == 1 for advantages in problem.sampled.advantages_N.view(2, -1))
+    for column, alone in zip(("ids_NS", "advantages_NS", "old_logprobs_NS"), (0, 2, 3), strict=True):
+        assert torch.equal(getattr(batch, column)[:, 0], problem.sampled[alone])
+    listed_NS = torch.zeros_like(batch.ids_NS, dtype=torch.bool)
+    listed_NS[rows_M, slots_M] = True
+    assert torch.equal(listed_NS[:, 1:], batch.ids_NS[:, 1:] >= 0)
+    assert not listed_NS[:, 0].any()
 
 
 def test_peaked_rows_have_the_measured_candidate_statistics():

@@ -1,4 +1,4 @@
-"""`python -m ipvrm_core.bench.sparse_backward --tensors FILE --json out.json`: dh from the columns that hold mass.
+"""`python -m ipvrm_core.bench.tried.sparse_backward --tensors FILE --json OUT`: dh from the columns that hold mass.
 
 In a chunk of n rows most columns of dz = dLoss/dz hold almost nothing. With the active columns a and any vector w
 
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from ipvrm_core import PolicyBatch, PolicyLossConfig, select_candidates
 from ipvrm_core.bench.device import Meter, measure
+from ipvrm_core.bench.inputs import random_batch
 from ipvrm_core.bench.machine import environment
 from ipvrm_core.bench.measure import interleaved
 from ipvrm_core.fused.distrl_loss import distrl_loss_over_logits, pack_batch, pack_config
@@ -57,14 +58,13 @@ def read_text(args: argparse.Namespace) -> dict[str, Tensor]:
 
 def make_batch(h_ND: Tensor, W_VD: Tensor, tokens_N: Tensor, args) -> PolicyBatch:
     """Normal advantages, candidates at P_min 0.1, an old policy 0.02 nats away."""
-    normal = partial(torch.randn, generator=torch.Generator(h_ND.device).manual_seed(0), device=h_ND.device)
     if args.sampled == "model":
         torch.manual_seed(0)
         tokens_N = torch.multinomial(((h_ND @ W_VD.t()).float() / args.temperature).softmax(-1), 1)[:, 0]
-    old, N = select_candidates(h_ND, W_VD, tokens_N, temperature=args.temperature), len(tokens_N)
-    ids_NK, logp_N, weights_N = old.ids_NK, old.sampled_logprobs_N, torch.full_like(old.entropy_N, 1 / N)
-    candidates = ids_NK, old.logprobs_NK + 0.02 * normal(ids_NK.shape), normal(ids_NK.shape), weights_N
-    return PolicyBatch(tokens_N, logp_N + 0.02 * normal(N), normal(N), weights_N, *candidates)
+    old = select_candidates(h_ND, W_VD, tokens_N, temperature=args.temperature)
+    weights_N = torch.full_like(old.entropy_N, 1 / len(tokens_N))
+    rng = torch.Generator(h_ND.device).manual_seed(0)
+    return random_batch(old.ids_NS, old.logprobs_NS, rng, noise=0.02, weights_N=weights_N)
 
 
 def by_mass(mass_V: Tensor, tolerance: float) -> Tensor:
@@ -92,7 +92,7 @@ def errors(h_ND: Tensor, W_VD: Tensor, batch: PolicyBatch, args) -> Iterator[dic
     """bfloat16; then entries row by row; then every chunk size, rule and tolerance."""
     h_ND, W_VD, config = h_ND.double(), W_VD.double(), PolicyLossConfig(temperature=args.temperature)
     dz_NV = h_ND @ W_VD.t()
-    p_NV = (dz_NV / args.temperature).float().softmax(-1).scatter_(1, batch.ids_NK.clamp(min=0), 1.0)
+    p_NV = (dz_NV / args.temperature).float().softmax(-1).scatter_(1, batch.ids_NS.clamp(min=0), 1.0)
     distrl_loss_over_logits(dz_NV, pack_batch(batch), pack_config(config), 1 << 30, False)  # logits become dz
     dh_ND, dW_VD, mean_D = dz_NV @ W_VD, dz_NV.t() @ h_ND, W_VD.mean(0)
     most = {"plain": W_VD.norm(dim=1).max(), "centred": (W_VD - mean_D).norm(dim=1).max()}
@@ -213,8 +213,8 @@ def main() -> None:
     h_ND, W_VD = saved["hidden"][: args.rows].bfloat16().to(dtype), saved["weight"].bfloat16().to(dtype)
     batch = make_batch(h_ND, W_VD, saved["tokens"][: args.rows], args)
     report = {"arguments": {name: str(value) for name, value in vars(args).items()}, "V, D": list(W_VD.shape)}
-    report |= {"candidates": (batch.candidate_ids_NK >= 0).sum(1).float().mean().item()}
-    report |= {"nll": -batch.old_logprobs_N.mean().item(), "environment": environment(device)}
+    report |= {"candidates": (batch.ids_NS[:, 1:] >= 0).sum(1).float().mean().item()}
+    report |= {"nll": -batch.old_logprobs_NS[:, 0].mean().item(), "environment": environment(device)}
     report["errors"] = list(errors(h_ND, W_VD, batch, args))
     report["times"] = list(times(h_ND, W_VD, batch, report["errors"], args))
     args.json.write_text(json.dumps(report, indent=1) + "\n")
