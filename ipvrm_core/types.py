@@ -203,6 +203,8 @@ class PolicyLossConfig:
             raise ValueError(f"temperature must be > 0 and finite; got {self.temperature}")
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap must be > 0 and finite, or None; got {self.softcap}")
+        if self.kl_ratio not in (True, False):
+            raise ValueError(f"kl_ratio must be True or False; got {self.kl_ratio}")
         if not math.isfinite(self.entropy_coef):
             raise ValueError(f"entropy_coef must be finite; got {self.entropy_coef}")
 
