@@ -7,8 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipvrm_core.sequences.segments import segment_sum
-from ipvrm_core.sequences.values import prefix_values
 from ipvrm_core.sequences.advantages import (
     center_on_candidates,
     gae,
@@ -20,6 +18,8 @@ from ipvrm_core.sequences.advantages import (
     rloo_advantages,
     whiten,
 )
+from ipvrm_core.sequences.segments import segment_sum
+from ipvrm_core.sequences.values import prefix_values
 
 
 def f64(*numbers):

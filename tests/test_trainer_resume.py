@@ -122,7 +122,9 @@ class Runs:
     def words(self, phase: str, run: Path, *more: str) -> list[str]:
         return [phase, str(self.config), *more, "--run", str(run)]
 
-    def start(self, phase: str, *, resume: bool, program=("-m", "ipvrm_core.trainer.commands.main")) -> subprocess.Popen:
+    def start(
+        self, phase: str, *, resume: bool, program=("-m", "ipvrm_core.trainer.commands.main")
+    ) -> subprocess.Popen:
         words = self.words(phase, self.b, *(["--resume"] if resume else []))
         log = open(self.b.with_suffix(".txt"), "a")  # noqa: SIM115 - the process owns it
         with log:
@@ -178,7 +180,9 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
     made = Runs(tmp_path_factory.mktemp("runs"))
-    chain = [shlex.join([sys.executable, "-m", "ipvrm_core.trainer.commands.main", *made.words(p, made.a)]) for p in PHASES]
+    chain = [
+        shlex.join([sys.executable, "-m", "ipvrm_core.trainer.commands.main", *made.words(p, made.a)]) for p in PHASES
+    ]
     log = made.a.with_suffix(".txt")
     with open(log, "w") as output:
         straight = subprocess.Popen(  # beside run B
