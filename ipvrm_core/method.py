@@ -5,47 +5,46 @@ starts from one of METHODS and overrides fields by name; `distrl_advantages` tak
 """
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Annotated, Literal
 
 from ipvrm_core.sequences.advantages import Normalize, Outcome, SigmaForm
-from ipvrm_core.sequences.aggregation import Aggregation
 from ipvrm_core.types import PolicyLossConfig
 
 
 @dataclass(frozen=True)
 class Method:
-    """Every switch of the method; the defaults are the paper's (arXiv 2604.13197v2)."""
+    """Every switch of the method, with its meaning; the defaults are the paper's (arXiv 2604.13197v2)."""
 
     # reward model
-    online_margin: float = 5.0
-    dlw_scale: Literal["raw", "group"] = "raw"
-    online_reference: Literal["old", "sft"] = "old"  # of the online loss: the sampling policy, or the start
-    td_reference: Literal["old", "sft"] = "old"  # of the TD errors; PRIME and rePIRL take the start
+    online_margin: Annotated[float, "margin of the online loss, where the objective has the difficulty boundary"] = 5.0
+    dlw_scale: Annotated[Literal["raw", "group"], "online weights 1 - mu, mu as they are, or with a sum of n"] = "raw"
+    online_reference: Annotated[Literal["old", "sft"], "of the online loss: the sampling policy, or the start"] = "old"
+    td_reference: Annotated[Literal["old", "sft"], "of the TD errors, the same; PRIME and rePIRL take sft"] = "old"
     # candidates
-    p_min: float = 0.1
-    strict: bool = False
-    top_k: int | None = None
-    keep_sampled: bool = False
-    skip_last_token: bool = False  # no candidates and delta = 0 at the last response token
+    p_min: Annotated[float, "least probability of a candidate token"] = 0.1
+    strict: Annotated[bool, "the probability must exceed p_min"] = False
+    top_k: Annotated[int | None, "the most probable of them only; None: all"] = None
+    keep_sampled: Annotated[bool, "the sampled token is a candidate whatever its probability"] = False
+    skip_last_token: Annotated[bool, "no candidates and no TD error at the last token of an answer"] = False
     # advantages
-    sigma_scope: Literal["minibatch", "batch"] = "minibatch"
-    sigma_form: SigmaForm = "std_plus_eps"
-    outcome: Outcome = "grpo"  # of the whole answer: group-normalised | minus the others' mean | the reward itself
-    estimator: str = "gae"  # of the tokens: a file of ipvrm_core/estimators, or package.module:Class
-    process_normalize: Normalize = "group"  # of the TD errors that `gae`, `mc` and `td` take
-    process_coef: float = 1.0  # A_t = outcome + process_coef * process_t
-    gamma: float = 1.0
-    lam: float = 1.0
-    candidate_baseline: Literal["none", "mean"] = "none"  # "mean": `center_on_candidates`, ours
+    sigma_scope: Annotated[Literal["minibatch", "batch"], "whose prefix values give sigma_V"] = "minibatch"
+    sigma_form: Annotated[SigmaForm, "how sigma_V, which divides TD errors, is kept from 0"] = "std_plus_eps"
+    outcome: Annotated[Outcome, "of the whole answer: (r - mu) / std of its group, r - the others' mean, or r"] = "grpo"
+    estimator: Annotated[str, "of the tokens: a file of ipvrm_core/estimators, or package.module:Class"] = "gae"
+    process_normalize: Annotated[Normalize, "over what gae, mc and td normalise TD errors"] = "group"
+    process_coef: Annotated[float, "A_t = outcome + process_coef * process_t"] = 1.0
+    gamma: Annotated[float, "discount of later TD errors"] = 1.0
+    lam: Annotated[float, "lambda of GAE, a further discount"] = 1.0
+    candidate_baseline: Annotated[Literal["none", "mean"], "mean: centre A on the candidates; ours"] = "none"
     # policy loss
-    alpha: float = 0.1
-    clip_low: float = 0.20
-    clip_high: float = 0.28
-    dual_clip: float | None = None
-    candidate_clip_low: float = 0.20
-    candidate_clip_high: float = 0.28
-    candidate_dual_clip: float | None = None
-    aggregation: Aggregation = "sequence_mean"
+    alpha: Annotated[float, "weight of the candidates' loss; 0: sampled tokens alone"] = 0.1
+    clip_low: Annotated[float, "the ratio of a sampled token is clipped at 1 - clip_low"] = 0.20
+    clip_high: Annotated[float, "and at 1 + clip_high from above"] = 0.28
+    dual_clip: Annotated[float | None, "with A < 0 its loss is at most dual_clip * |A|; None: no limit"] = None
+    candidate_clip_low: Annotated[float, "clip_low of the candidates"] = 0.20
+    candidate_clip_high: Annotated[float, "clip_high of the candidates"] = 0.28
+    candidate_dual_clip: Annotated[float | None, "dual_clip of the candidates"] = None
+    aggregation: Annotated[Literal["sequence_mean", "token_mean"], "how token losses become one"] = "sequence_mean"
 
     def loss_config(self, temperature: float = 1.0, **override) -> PolicyLossConfig:
         """The PolicyLossConfig of this method."""

@@ -39,7 +39,7 @@ def two_short_answers() -> tuple[Collected, OldPolicy]:
 
 
 def full_logits(model: LanguageModel, answers: list[Answer]) -> torch.Tensor:
-    """Full logits of all response positions, one answer at a time, without padding: [N, V]. At temperature 1, with a gradient."""
+    """Full logits of all response positions, one answer at a time, without padding: [N, V], with a gradient."""
     rows = []
     for answer in answers:
         ids = torch.tensor([answer.prompt_ids + answer.response_ids])

@@ -12,7 +12,7 @@ from ipvrm_core.trainer.config import ConfigError, Source, check
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.known_sets import KNOWN_SETS, preset_settings
 from ipvrm_core.trainer.data.sources import by_group, read_source
-from ipvrm_core.trainer.evaluation.accuracy import Judged, accuracy, average
+from ipvrm_core.trainer.evaluation.policy.accuracy import Judged, accuracy, average
 from ipvrm_core.trainer.text.prompts import encode_prompt
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"

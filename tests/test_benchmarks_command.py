@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 from ipvrm_core.trainer.commands import main as cli
 from ipvrm_core.trainer.config import check
 from ipvrm_core.trainer.data.tasks import ChainTask
-from ipvrm_core.trainer.evaluation.stored_answers import evaluate, read_stored
+from ipvrm_core.trainer.evaluation.policy.stored_answers import evaluate, read_stored
 from ipvrm_core.trainer.models import character_tokenizer, save_model
 from ipvrm_core.trainer.sampling.verified import Asker
 from ipvrm_core.trainer.verify import ExactVerifier, Verdict
@@ -149,7 +149,7 @@ def test_answers_to_longer_chats_are_not_kept(given, tmp_path, capsys):
 
 def test_the_evaluation_of_a_run_finds_the_same_greedy_answers(given, tmp_path):
     """`ipvrm eval` of the same model: preset, groups and the prompt without a template are those of the command."""
-    from ipvrm_core.trainer.evaluation.accuracy import benchmark_accuracy
+    from ipvrm_core.trainer.evaluation.policy.accuracy import benchmark_accuracy
     from ipvrm_core.trainer.experiment import Experiment
 
     out = tmp_path / "r.json"

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 pytest.importorskip("pydantic")
 
 from ipvrm_core.trainer.commands import main as cli
-from ipvrm_core.trainer.evaluation import best_of_n
-from ipvrm_core.trainer.evaluation.best_of_n import best_of, majority, pass_at, weighted_vote
-from ipvrm_core.trainer.evaluation.equal_answers import math_equality, merge_equal
-from ipvrm_core.trainer.evaluation.stored_answers import Stored, evaluate, markdown, read_stored
+from ipvrm_core.trainer.evaluation.policy import best_of_n
+from ipvrm_core.trainer.evaluation.policy.best_of_n import best_of, majority, pass_at, weighted_vote
+from ipvrm_core.trainer.evaluation.policy.equal_answers import math_equality, merge_equal
+from ipvrm_core.trainer.evaluation.policy.stored_answers import Stored, evaluate, markdown, read_stored
 from ipvrm_core.trainer.verify import Verdict
 
 

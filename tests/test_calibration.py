@@ -5,7 +5,11 @@ import math
 import pytest
 import torch
 
-from ipvrm_core.trainer.calibration import expected_calibration_error, prefix_probabilities, reliability
+from ipvrm_core.trainer.evaluation.reward_model.calibration import (
+    expected_calibration_error,
+    prefix_probabilities,
+    reliability,
+)
 
 
 def test_probabilities_at_places_of_an_answer():

@@ -16,7 +16,7 @@ pytest.importorskip("pyarrow")
 from ipvrm_core.trainer import files
 from ipvrm_core.trainer.commands import main as cli
 from ipvrm_core.trainer.evaluation import token_scores
-from ipvrm_core.trainer.evaluation.processbench_files import read_scores
+from ipvrm_core.trainer.evaluation.processbench.files import read_scores
 from tests.tiny_models import ROWS, made_up, model, saved, value_model
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -14,10 +14,11 @@ pytest.importorskip("jinja2")
 
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.commands import main as cli
+from ipvrm_core.trainer.evaluation.reward_model.inspection import inspect, token_texts
 from ipvrm_core.trainer.evaluation.token_scores import Scorer, token_scores
 from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.models import add_value_head, save_model
-from ipvrm_core.trainer.report.inspection import inspect, token_texts, write_page
+from ipvrm_core.trainer.report.inspect_page import write_page
 from ipvrm_core.trainer.text.steps import Format
 
 FORM = Format(joiner=";", plain_joiner="")
@@ -57,6 +58,7 @@ def test_numbers_against_plain_logits(scorer):
     assert [step["process"] for step in shown["steps"]] == pytest.approx(
         [q[:6].sum().item(), q[6:12].sum().item(), q[12:].sum().item()], abs=1e-4
     )
+    assert shown["predicted"] == next((k for k, step in enumerate(shown["steps"]) if step["process"] < 0), -1)
     entropies = -(theirs.exp() * theirs).sum(1)
     assert [token["entropy"] for token in tokens] == pytest.approx(entropies.tolist(), abs=1e-4)
     for n, token in enumerate(tokens):

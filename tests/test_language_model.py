@@ -3,6 +3,8 @@
 The reference functions of the library see whole logits, made one answer at a time, without padding.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -172,7 +174,7 @@ def test_the_policy_loss_and_its_gradient(tiny_model, slots, lora):
     assert len(gradients) > 5
     for cuts in ([0, 5], [0, 2, 3, 5]):
         total, row, metrics = 0.0, 0, dict.fromkeys(expected.metrics, 0.0)
-        for start, stop in zip(cuts[:-1], cuts[1:], strict=True):
+        for start, stop in pairwise(cuts):
             batch = made.batch(ANSWERS[start:stop])
             part = slice(row, row + len(batch.targets_N))
             row = part.stop

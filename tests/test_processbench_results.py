@@ -9,11 +9,19 @@ import pytest
 pytest.importorskip("transformers")
 pytest.importorskip("pyarrow")
 
-from ipvrm_core.trainer.evaluation import official, processbench_results, processbench_tables
-from ipvrm_core.trainer.evaluation.bootstrap import bootstrap_f1, interval, resample_counts, rule_f1, stacked
-from ipvrm_core.trainer.evaluation.localisation import Sweep, best_f1, f1_at
-from ipvrm_core.trainer.evaluation.nulls import Steps, _scores, null_draws
-from ipvrm_core.trainer.evaluation.step_scores import VARIANTS
+from ipvrm_core.trainer.evaluation.processbench import official
+from ipvrm_core.trainer.evaluation.processbench.bootstrap import (
+    bootstrap_f1,
+    interval,
+    resample_counts,
+    rule_f1,
+    stacked,
+)
+from ipvrm_core.trainer.evaluation.processbench.nulls import Steps, _scores, null_draws
+from ipvrm_core.trainer.evaluation.processbench.results import evaluate
+from ipvrm_core.trainer.evaluation.processbench.tables import markdown
+from ipvrm_core.trainer.evaluation.reward_model.localisation import Sweep, best_f1, f1_at
+from ipvrm_core.trainer.evaluation.reward_model.step_scores import VARIANTS
 from tests.tiny_models import tokenizer
 
 SCORES = [[0.9, 0.2, 0.5], [0.4, 0.8], [0.6, 0.7], [0.3, 0.9]]
@@ -141,13 +149,13 @@ def test_a_model_that_counts_tokens_is_not_above_its_null():
     for row, label in zip(rows, labels, strict=True):
         row["tokens"] = [int(rng.integers(5, 9)) + (30 if step == label else 0) for step in range(5)]
         row["sums"] = [-0.3 * count for count in row["tokens"]]
-    result = processbench_results.evaluate(rows, resamples=50)
+    result = evaluate(rows, resamples=50)
     assert result["variants"]["process"]["oracle"]["gsm8k"]["f1"] == 1.0
     assert result["nulls"]["process"]["random scores"]["oracle"]["gsm8k"]["ci"][1] < 0.6
     for variant, best in (("process", "minus tokens"), ("prefix", "minus tokens")):
         margin = result["margins"][variant]["oracle"]["gsm8k"]
         assert margin == {"null": best, "difference": 0.0, "ci": (0.0, 0.0)}
-    assert "+0.0 [+0.0, +0.0] minus tokens" in processbench_tables.markdown(result)
+    assert "+0.0 [+0.0, +0.0] minus tokens" in markdown(result)
 
 
 # ---- results
@@ -171,32 +179,30 @@ def rows_of(subset, scores, labels, generators=None):
 def test_transfer_by_hand():
     """gsm8k is perfect at thresholds in (-1, 1]; there math is called right throughout: (0, 1) -> F1 0, oracle 1."""
     rows = rows_of("gsm8k", [[1.0, -1.0], [1.0]], [1, -1]) + rows_of("math", [[9.0, 3.0], [9.0]], [1, -1])
-    result = processbench_results.evaluate(rows, resamples=20)
+    result = evaluate(rows, resamples=20)
     found = result["variants"]["process"]
     assert found["oracle"]["math"]["f1"] == found["oracle"]["average"]["f1"] == 1.0
     assert found["transferred"]["math"]["f1"] == 0.0
     assert found["transferred"]["math"]["accuracy_correct"] == 1.0
     assert found["transferred"]["average"] == {"f1": 0.5, "ci": (0.5, 0.5)}
     assert 0 < result["nulls"]["process"]["random scores"]["oracle"]["gsm8k"]["f1"] < 1
-    without = processbench_results.evaluate(rows, "other", 0)
+    without = evaluate(rows, "other", 0)
     assert "transferred" not in without["variants"]["process"]
     assert not {"nulls", "margins"} & set(without)
-    assert "| process | from gsm8k | 100.0 [100.0, 100.0] 100/100 | 0.0 [0.0, 0.0] 0/100 |" in (
-        processbench_tables.markdown(result)
-    )
-    assert "| random scores | from gsm8k |" in processbench_tables.markdown(result)
+    assert "| process | from gsm8k | 100.0 [100.0, 100.0] 100/100 | 0.0 [0.0, 0.0] 0/100 |" in (markdown(result))
+    assert "| random scores | from gsm8k |" in markdown(result)
 
 
 def test_a_step_behind_a_truncation_is_never_called_wrong():
     rows = rows_of("gsm8k", [[1.0, -5.0], [1.0, -9.0]], [1, -1])
     rows[1] |= {"sums": [1.0, None], "tokens": [1, 0], "status": "truncated"}
-    found = processbench_results.evaluate(rows, resamples=0)["variants"]
+    found = evaluate(rows, resamples=0)["variants"]
     assert [found[variant]["oracle"]["gsm8k"]["f1"] for variant in found] == [1.0] * 4
 
 
 def test_generators_by_hand():
     rows = rows_of("gsm8k", [[-1.0], [5.0], [1.0], [1.0]], [0, 0, -1, -1], ["a", "a", "a", "b"])
-    found = processbench_results.evaluate(rows, resamples=0)["generators"]["process"]
+    found = evaluate(rows, resamples=0)["generators"]["process"]
     assert found["a"]["transferred"] == {"f1": pytest.approx(2 / 3), "accuracy_erroneous": 0.5, "accuracy_correct": 1.0}
     assert (found["a"]["erroneous"], found["a"]["correct"]) == (2, 1)
     assert found["b"]["oracle"] == {"f1": None, "accuracy_erroneous": None, "accuracy_correct": 1.0}
@@ -207,7 +213,7 @@ def test_a_subset_of_one_kind_has_accuracies_and_no_f1():
     rows = rows_of("gsm8k", [[1.0, -1.0], [1.0]], [1, -1]) + rows_of("math", [[9.0, 0.5], [9.0]], [-1, -1])
     for row in rows:
         row |= {"official_rewards": row["sums"], "official_lengths": [10 + step for step in range(len(row["sums"]))]}
-    result = processbench_results.evaluate(rows, resamples=20)
+    result = evaluate(rows, resamples=20)
     found = result["variants"]["process"]
     assert found["transferred"]["math"] == {
         "f1": None,
@@ -219,12 +225,12 @@ def test_a_subset_of_one_kind_has_accuracies_and_no_f1():
     assert found["oracle"]["average"]["f1"] == found["oracle"]["gsm8k"]["f1"] == 1.0
     assert result["official"]["process"]["math"]["f1"] is None
     assert "math" not in result["margins"]["process"]["oracle"]
-    assert "| process | from gsm8k | 100.0 [100.0, 100.0] 100/100 | – –/50 |" in processbench_tables.markdown(result)
+    assert "| process | from gsm8k | 100.0 [100.0, 100.0] 100/100 | – –/50 |" in markdown(result)
     json.dumps(result, allow_nan=False)
-    alone = processbench_results.evaluate(rows[2:], "math", resamples=20)
+    alone = evaluate(rows[2:], "math", resamples=20)
     assert alone["tuned_on"] is None
     assert alone["variants"]["process"]["oracle"]["average"] == {"f1": None}
-    assert "correct ones alone have no F1" in processbench_tables.markdown(alone)
+    assert "correct ones alone have no F1" in markdown(alone)
 
 
 # ---- the authors' script

@@ -7,9 +7,12 @@ pytest.importorskip("transformers")
 pytest.importorskip("pyarrow")
 
 from ipvrm_core.trainer.data.processbench import load_processbench
-from ipvrm_core.trainer.evaluation import official, processbench, processbench_results, processbench_tables
-from ipvrm_core.trainer.evaluation.processbench_files import Parts, read_scores, write_scores
-from ipvrm_core.trainer.evaluation.step_scores import step_sums, variants
+from ipvrm_core.trainer.evaluation.processbench import official
+from ipvrm_core.trainer.evaluation.processbench.files import Parts, read_scores, write_scores
+from ipvrm_core.trainer.evaluation.processbench.results import evaluate
+from ipvrm_core.trainer.evaluation.processbench.scores import score
+from ipvrm_core.trainer.evaluation.processbench.tables import markdown
+from ipvrm_core.trainer.evaluation.reward_model.step_scores import step_sums, variants
 from ipvrm_core.trainer.text.steps import Format
 from tests.tiny_models import ROWS, log_ratio_scorer, made_up, plain_scores, scorer_of
 
@@ -33,7 +36,7 @@ def test_step_sums_and_variants_by_hand():
 def test_scores_against_plain_logits(tmp_path, scorer):
     """Whole texts read by hand: the steps' characters are the tokens here."""
     problems = load_processbench(made_up(tmp_path))
-    rows = processbench.score(scorer, problems, official.FORMAT, max_tokens=150, with_official=True)
+    rows = score(scorer, problems, official.FORMAT, max_tokens=150, with_official=True)
     for problem, row in zip(problems, rows, strict=True):
         steps = official.FORMAT.pieces(problem.steps)
         head = f"<u>{problem.problem}<e>\n<a>"
@@ -58,9 +61,9 @@ def test_scores_against_plain_logits(tmp_path, scorer):
 def test_official_hides_the_padding_token(tmp_path):
     """The "e" closes every turn and stands in "Step"; where it is the padding token, the script's mask hides it."""
     scorer, problems = log_ratio_scorer(), load_processbench(made_up(tmp_path))
-    apart = processbench.score(scorer, problems, official.FORMAT, max_tokens=150, with_official=True)
+    apart = score(scorer, problems, official.FORMAT, max_tokens=150, with_official=True)
     scorer.tokenizer.pad_token = "e"
-    rows = processbench.score(scorer, problems, official.FORMAT, max_tokens=150, with_official=True)
+    rows = score(scorer, problems, official.FORMAT, max_tokens=150, with_official=True)
     pad = scorer.tokenizer.pad_token_id
     for problem, row in zip(problems, rows, strict=True):
         text = f"<u>{problem.problem}<e>\n<a>" + "\n\n".join(official.FORMAT.pieces(problem.steps)) + "<e>\n"
@@ -76,7 +79,7 @@ def test_official_hides_the_padding_token(tmp_path):
 
 def test_parquet_round_trip_and_mixing(tmp_path, scorer):
     problems = load_processbench(made_up(tmp_path))
-    rows = processbench.score(scorer, problems, Format(), max_tokens=1000)
+    rows = score(scorer, problems, Format(), max_tokens=1000)
     (tmp_path / "s").mkdir()
     write_scores(tmp_path / "s" / "gsm8k.parquet", rows, {"model": "x"})
     again, origin = read_scores([tmp_path / "s"])
@@ -95,53 +98,53 @@ def test_long_texts_are_counted_never_lost(tmp_path, scorer):
     """The second problem is the longest: "<u>2*3?<e>\\n<a>" is 14 tokens, its steps 8 + 6 + 2, blank lines included."""
     problems = load_processbench(made_up(tmp_path))
     with pytest.raises(ValueError, match=r"1 of 4 texts have more than 29 tokens, the longest 30 \(gsm8k-1\)"):
-        processbench.score(scorer, problems, Format(), max_tokens=1000, max_length=29)
-    kept = processbench.score(scorer, problems, Format(), max_tokens=1000, max_length=29, too_long="skip")
+        score(scorer, problems, Format(), max_tokens=1000, max_length=29)
+    kept = score(scorer, problems, Format(), max_tokens=1000, max_length=29, too_long="skip")
     assert [row["status"] for row in kept] == ["ok", "too_long", "ok", "ok"]
     assert kept[1]["sums"] is None
-    counts = processbench_results.evaluate(kept, resamples=0)["counts"]["gsm8k"]
+    counts = evaluate(kept, resamples=0)["counts"]["gsm8k"]
     assert counts == {"problems": 4, "erroneous": 2, "correct": 2, "truncated": 0, "too_long": 1}
-    cut = processbench.score(scorer, problems, Format(), max_tokens=1000, max_length=27, too_long="truncate")
+    cut = score(scorer, problems, Format(), max_tokens=1000, max_length=27, too_long="truncate")
     assert [row["status"] for row in cut] == ["ok", "truncated", "ok", "truncated"]
-    whole = processbench.score(scorer, problems, Format(), max_tokens=1000)
+    whole = score(scorer, problems, Format(), max_tokens=1000)
     assert cut[1]["tokens"] == [8, 5, 0]
     assert cut[1]["sums"][0] == pytest.approx(whole[1]["sums"][0], abs=1e-5)
     assert cut[1]["sums"][1] is not None
     assert cut[1]["sums"][2] is None
-    assert "2 truncated" in processbench_tables.markdown(processbench_results.evaluate(cut, resamples=0))
+    assert "2 truncated" in markdown(evaluate(cut, resamples=0))
 
 
 @pytest.mark.parametrize("kind", ["log-prob", "value"])
 def test_other_kinds_against_plain_forward_passes(tmp_path, kind):
     """Sums over the same tokens; the decay counts from the first token of the answer."""
     scorer, problems = scorer_of(kind), load_processbench(made_up(tmp_path))
-    for problem, row in zip(problems, processbench.score(scorer, problems, Format(), max_tokens=70), strict=True):
+    for problem, row in zip(problems, score(scorer, problems, Format(), max_tokens=70), strict=True):
         head, text = f"<u>{problem.problem}<e>\n<a>", "\n\n".join(problem.steps)
         plain = plain_scores(scorer, scorer.tokenizer(head + text)["input_ids"], len(head))
         ends = np.cumsum([len(step) + 2 for step in problem.steps])
         expected = [piece.sum() for piece in np.split(plain, ends[:-1])]
         assert row["sums"] == pytest.approx(expected, abs=1e-3)
     with pytest.raises(ValueError, match=f"repeats a script that scores log-ratios; got {kind} scores"):
-        processbench.score(scorer, problems, official.FORMAT, max_tokens=70, with_official=True)
+        score(scorer, problems, official.FORMAT, max_tokens=70, with_official=True)
 
 
 def test_parts_go_on_and_are_checked(tmp_path, scorer):
     problems = load_processbench(made_up(tmp_path / "data"))
-    whole = processbench.score(scorer, problems, Format(), max_tokens=60)
+    whole = score(scorer, problems, Format(), max_tokens=60)
     parts = Parts(tmp_path / "gsm8k.parts", {"model": "x"})
-    assert processbench.score(scorer, problems, Format(), max_tokens=60, parts=parts) == whole
+    assert score(scorer, problems, Format(), max_tokens=60, parts=parts) == whole
     files = sorted(parts.folder.iterdir())
     assert [file.name for file in files] == ["00000.parquet", "00001.parquet"]
     files[1].unlink()
     assert sorted(row["id"] for row in read_scores(files[:1])[0]) == ["gsm8k-1", "gsm8k-3"]  # the longest came first
-    assert processbench.score(scorer, problems, Format(), max_tokens=60, parts=parts) == whole
+    assert score(scorer, problems, Format(), max_tokens=60, parts=parts) == whole
     assert len(read_scores([parts.folder])[0]) == 4
     other = [{**row, "steps": ["2*3=6.", *row["steps"][1:]]} if row is ROWS[1] else row for row in ROWS]
     problems = load_processbench(made_up(tmp_path / "other", other))
     with pytest.raises(
         ValueError, match=r"gsm8k.parts holds scores made in another way \(problems\); take another --out"
     ):
-        processbench.score(scorer, problems, Format(), max_tokens=60, parts=parts)
+        score(scorer, problems, Format(), max_tokens=60, parts=parts)
     with pytest.raises(ValueError, match=r"made in another way \(model, problems\)"):
         Parts(parts.folder, {"model": "y"}).read()
     parts.remove()

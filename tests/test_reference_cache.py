@@ -8,22 +8,23 @@ from safetensors.torch import save_file
 
 from ipvrm_core.trainer import reference_cache
 from ipvrm_core.trainer.batching import Answer
+from ipvrm_core.trainer.language_model import LanguageModel
 
 ANSWERS = [Answer([3, 4], [5, 6, 7]), Answer([3, 4, 5], [6])]
 
 
 def test_the_cache_is_read_the_second_time(tiny_experiment, tiny_model, tmp_path, monkeypatch):
-    experiment, model = tiny_experiment(), tiny_model()
+    experiment, model = tiny_experiment(), LanguageModel(tiny_model())
     first = reference_cache.reference_logprobs(experiment, model, ANSWERS, tmp_path / "cache")
-    torch.testing.assert_close(first, reference_cache.sampled_logprobs(experiment, model, ANSWERS))
+    torch.testing.assert_close(first, model.logprobs(ANSWERS))
 
-    def never(*_):
+    def never(*_, **__):
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(reference_cache, "sampled_logprobs", never)
+    monkeypatch.setattr(LanguageModel, "logprobs", never)
     assert torch.equal(reference_cache.reference_logprobs(experiment, model, ANSWERS, tmp_path / "cache"), first)
     others = {
-        "another model": (experiment, tiny_model(1), ANSWERS),
+        "another model": (experiment, LanguageModel(tiny_model(1)), ANSWERS),
         "other data": (experiment, model, ANSWERS[:1]),
         "another prompt": (experiment, model, [ANSWERS[0], Answer([3, 4, 6], [6])]),
         "the border elsewhere": (experiment, model, [Answer([3], [4, 5, 6, 7]), ANSWERS[1]]),
@@ -36,7 +37,7 @@ def test_the_cache_is_read_the_second_time(tiny_experiment, tiny_model, tmp_path
 def test_the_key_has_the_temperature(tiny_config, tiny_model, tmp_path):
     from ipvrm_core.trainer.experiment import Experiment
 
-    model = tiny_model()
+    model = LanguageModel(tiny_model())
     keys = {
         reference_cache.cache_key(
             Experiment(tiny_config(generation={"temperature": t}), tmp_path / str(t)), model, ANSWERS
@@ -47,7 +48,7 @@ def test_the_key_has_the_temperature(tiny_config, tiny_model, tmp_path):
 
 
 def test_a_kill_while_writing_leaves_nothing_that_would_be_read(tiny_experiment, tiny_model, tmp_path, monkeypatch):
-    experiment, model, folder = tiny_experiment(), tiny_model(), tmp_path / "cache"
+    experiment, model, folder = tiny_experiment(), LanguageModel(tiny_model()), tmp_path / "cache"
 
     def cut_short(tensors, path):
         save_file(tensors, path)

@@ -7,6 +7,7 @@ import pytest
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import Chats
 from ipvrm_core.trainer.data.chats import by_prompt, held_out, load_chats
+from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.phases import rm_chats
 from ipvrm_core.trainer.phases.rm_chats import encode, fit
 from tests.chats import conversation, pair, row
@@ -113,17 +114,17 @@ def test_sizes_of_the_split(source):
 
 def test_rendering(source, tiny_experiment):
     experiment = tiny_experiment()
-    eos = experiment.tokenizer.eos_token_id
+    eos = experiment.text.tokenizer.eos_token_id
     chats = load_chats(source([row("1+1?", "#2;", 1)]))
     ((_, plain),) = encode(experiment, chats)
-    assert experiment.tokenizer.decode(plain.prompt_ids) == "1+1?"
-    assert experiment.tokenizer.decode(plain.response_ids[:-1]) == "#2;"
+    assert experiment.text.tokenizer.decode(plain.prompt_ids) == "1+1?"
+    assert experiment.text.tokenizer.decode(plain.response_ids[:-1]) == "#2;"
     assert plain.response_ids[-1] == eos
-    experiment.tokenizer.chat_template = (
+    experiment.text.tokenizer.chat_template = (
         "{% for m in messages %}{{ m['content'] }};{% endfor %}{% if add_generation_prompt %}#{% endif %}"
     )
     ((_, rendered),) = encode(experiment, chats)
-    assert experiment.tokenizer.decode(rendered.prompt_ids) == "1+1?;#"
+    assert experiment.text.tokenizer.decode(rendered.prompt_ids) == "1+1?;#"
     assert rendered.response_ids == plain.response_ids
 
 
@@ -169,7 +170,7 @@ def test_long_rows_are_an_error_unless_told_otherwise(source):
 
 def test_rows_longer_than_the_model_are_refused(tiny_model):
     with pytest.raises(ValueError, match=r"rm.x.data: the model has 256 positions, the longest row needs 300"):
-        rm_chats.check_positions([Answer([1] * 100, [1] * 200)], tiny_model(), "rm.x.data")
+        rm_chats.check_positions([Answer([1] * 100, [1] * 200)], LanguageModel(tiny_model()), "rm.x.data")
 
 
 # ---- the real files

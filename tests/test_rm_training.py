@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ipvrm_core.trainer import reference_cache
 from ipvrm_core.trainer.config import RewardModel, Scratch
 from ipvrm_core.trainer.models import build_scratch, character_tokenizer, save_model
 from ipvrm_core.trainer.phases import rm_chats, train_rm
@@ -59,7 +58,7 @@ def test_single_answers(experiment_of, monkeypatch):
     seen, real = [], train_rm.backward_reward_loss
 
     def record(*arguments):
-        seen.append(arguments[5].tolist())
+        seen.append(arguments[4].tolist())
         return real(*arguments)
 
     monkeypatch.setattr(train_rm, "backward_reward_loss", record)
@@ -80,7 +79,7 @@ def test_pairs_of_the_file_stay_together(experiment_of, monkeypatch):
     rendered = rm_chats.read_chats(experiment, "x", settings.data)
     data = rm_chats.from_chats(experiment, "x", rendered, settings.build(), model)
     decoded = [
-        [(experiment.decode(labelled.answer.response_ids), labelled.correct) for labelled in unit]
+        [(experiment.text.decode(labelled.answer.response_ids), labelled.correct) for labelled in unit]
         for unit in data.units
     ]
     assert decoded == [
@@ -88,8 +87,7 @@ def test_pairs_of_the_file_stay_together(experiment_of, monkeypatch):
     ]
     for unit in data.units:
         for labelled in unit:
-            values = reference_cache.sampled_logprobs(experiment, model, [labelled.answer])
-            torch.testing.assert_close(torch.tensor(labelled.ref_logprobs), values)
+            torch.testing.assert_close(torch.tensor(labelled.ref_logprobs), model.logprobs([labelled.answer]))
     assert data.held_out == []
 
 
@@ -137,7 +135,7 @@ def test_a_reference_of_another_vocabulary_is_refused(experiment_of, tiny_experi
     experiment = experiment_of(answers("pointwise"))
     with pytest.raises(ValueError, match="must have the same vocabulary; got"):
         rm_chats.other_reference(experiment, str(tmp_path / "other"), experiment.start_policy())
-    save_model(experiment.start_policy(), experiment.tokenizer, tmp_path / "same")
+    save_model(experiment.start_policy().model, experiment.text.tokenizer, tmp_path / "same")
     rm_chats.other_reference(experiment, str(tmp_path / "same"), experiment.start_policy())
 
 
@@ -191,7 +189,7 @@ def test_the_best_model_is_the_result_and_a_resumed_run_has_the_same(experiment_
 
     def measure(experiment, model, *_):
         seen.append(next(values))
-        weights[seen[-1]] = {name: p.detach().clone() for name, p in model.named_parameters()}
+        weights[seen[-1]] = {name: p.detach().clone() for name, p in model.model.named_parameters()}
         return {"held_out_auc": seen[-1]}, {"100": []}
 
     monkeypatch.setattr(train_rm, "measure", measure)

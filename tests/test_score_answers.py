@@ -5,8 +5,8 @@ import pytest
 pytest.importorskip("transformers")
 
 from ipvrm_core.trainer.evaluation.lengths import length_status, refuse_long
-from ipvrm_core.trainer.evaluation.score_answers import score_stored
-from ipvrm_core.trainer.evaluation.stored_answers import Stored
+from ipvrm_core.trainer.evaluation.policy.stored_answers import Stored
+from ipvrm_core.trainer.evaluation.reward_model.score_answers import score_stored
 from ipvrm_core.trainer.text.steps import Format
 from tests.tiny_models import TEMPLATE, log_ratio_scorer, plain_scores, scorer_of, tokenizer
 

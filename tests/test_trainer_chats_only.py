@@ -50,6 +50,6 @@ def test_the_phases_of_such_a_run(config, tmp_path, capsys):
 
 
 def test_phases_that_such_a_run_does_not_have(config, tmp_path, capsys):
-    for command, says in (("sft", "no [sft]"), ("rollout", "no [rollout]"), ("distrl", "no [rl.<name>]")):
+    for command, says in (("sft", "no [sft]"), ("rollout", "no [rollout]"), ("rl", "no [rl.<name>]")):
         assert cli.main([command, config, "--run", str(tmp_path / "run")]) == 2
         assert f"the configuration has {says} section" in capsys.readouterr().err

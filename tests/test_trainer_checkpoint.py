@@ -1,5 +1,6 @@
 """Checkpoints and saved models: exact, whole or not at all, and readable by everybody else's tools."""
 
+import copy
 import json
 import os
 
@@ -10,9 +11,11 @@ from safetensors.torch import load_file, save_file
 
 from ipvrm_core.trainer import checkpoint, files
 from ipvrm_core.trainer.config import Lora, Optim
-from ipvrm_core.trainer.models import add_lora, load_pretrained, save_model
+from ipvrm_core.trainer.data.tasks import ChainTask
+from ipvrm_core.trainer.models import add_lora, add_value_head, character_tokenizer, load_pretrained, save_model
 from ipvrm_core.trainer.optim import apply_step, learning_rate, make_optimizer
 
+TOKENIZER = character_tokenizer(ChainTask.alphabet)
 OPTIM = Optim(lr=1e-2, warmup=2, schedule="cosine", weight_decay=0.1)
 
 
@@ -263,10 +266,10 @@ def test_what_kills_left_is_swept(tmp_path):
 # ---- finished models
 
 
-def test_a_saved_model_opens_with_the_auto_classes(tiny_experiment, tiny_model, tmp_path):
+def test_a_saved_model_opens_with_the_auto_classes(tiny_model, tmp_path):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    tokenizer, model = tiny_experiment().tokenizer, tiny_model(3)
+    tokenizer, model = TOKENIZER, tiny_model(3)
     tmp_path = tmp_path / "models"
     save_model(model, tokenizer, tmp_path / "model")
     opened = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32)
@@ -280,7 +283,7 @@ def test_a_saved_model_opens_with_the_auto_classes(tiny_experiment, tiny_model, 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
-def test_lora_is_saved_merged(tiny_experiment, tiny_model, tmp_path):
+def test_lora_is_saved_merged(tiny_model, tmp_path):
     """The saved model needs no peft and gives the logits of the model with its adapters."""
     ids = torch.randint(2, 19, (3, 9), generator=torch.Generator().manual_seed(0))
     plain = tiny_model(3)
@@ -293,12 +296,43 @@ def test_lora_is_saved_merged(tiny_experiment, tiny_model, tmp_path):
                 parameter.normal_(std=0.3, generator=torch.Generator().manual_seed(1))
         expected = wrapped(input_ids=ids).logits.clone()
         assert (expected - before).abs().max() > 0.1
-        save_model(wrapped, tiny_experiment().tokenizer, tmp_path / "model")
+        save_model(wrapped, TOKENIZER, tmp_path / "model")
         saved = load_pretrained(tmp_path / "model").eval()
         torch.testing.assert_close(saved(input_ids=ids).logits, expected, rtol=1e-5, atol=1e-4)
     assert not any("lora" in name for name, _ in saved.named_parameters())
     assert not list((tmp_path / "model").glob("adapter*"))
     assert "architectures" in json.loads((tmp_path / "model" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("value_head", [False, True])
+def test_saving_in_the_middle_of_training_changes_nothing(tiny_model, tmp_path, value_head):
+    """Adapters are merged into what is saved, not in place: the model goes on as one that was never saved."""
+    runs = []
+    for saves in (False, True):
+        torch.manual_seed(0)
+        model = add_lora(tiny_model(3), Lora(rank=4, alpha=8.0))
+        if value_head:
+            with torch.no_grad():
+                add_value_head(model).weight.normal_(generator=torch.Generator().manual_seed(4))
+        optimizer = make_optimizer(model, OPTIM)
+        for step in (1, 2):
+            _step(model, optimizer, step)
+        if saves:
+            before, names = _weights(model), [name for name, _ in model.named_modules()]
+            save_model(model, TOKENIZER, tmp_path / "model")
+            assert _equal(_weights(model), before)
+            assert [name for name, _ in model.named_modules()] == names
+            expected = copy.deepcopy(model).merge_and_unload()
+        for step in (3, 4):
+            _step(model, optimizer, step)
+        runs.append(_weights(model))
+    assert _equal(*runs)
+    assert not _equal(runs[1], before)
+    saved, expected = _weights(load_pretrained(tmp_path / "model")), _weights(expected)
+    assert sorted(saved) == sorted(expected)
+    assert ("value_head.weight" in saved) == value_head
+    for name, weight in expected.items():
+        torch.testing.assert_close(saved[name], weight, rtol=0, atol=1e-6)
 
 
 def test_only_adapters_are_trainable_and_in_the_checkpoint(tiny_model, tmp_path):
@@ -310,18 +344,16 @@ def test_only_adapters_are_trainable_and_in_the_checkpoint(tiny_model, tmp_path)
     assert all(parameter.dtype == torch.float32 for parameter in checkpoint.trainable(wrapped).values())
 
 
-def test_a_crash_while_saving_the_model_leaves_none(tiny_experiment, tiny_model, tmp_path, monkeypatch):
-    tokenizer = tiny_experiment().tokenizer
-
+def test_a_crash_while_saving_the_model_leaves_none(tiny_model, tmp_path, monkeypatch):
     def crash(*_, **__):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(tokenizer), "save_pretrained", crash)
+        patch.setattr(type(TOKENIZER), "save_pretrained", crash)
         with pytest.raises(KeyboardInterrupt):
-            save_model(tiny_model(), tokenizer, tmp_path / "model")
+            save_model(tiny_model(), TOKENIZER, tmp_path / "model")
     assert not (tmp_path / "model").exists()
-    save_model(tiny_model(), tokenizer, tmp_path / "model")
+    save_model(tiny_model(), TOKENIZER, tmp_path / "model")
     assert load_pretrained(tmp_path / "model") is not None
 
 

@@ -7,14 +7,16 @@ import subprocess
 import sys
 import types
 import typing
+from dataclasses import fields
 from pathlib import Path
 
 import jinja2
 import pytest
 from safetensors import SafetensorError
 
+from ipvrm_core.method import Method
 from ipvrm_core.trainer.commands import main as cli
-from ipvrm_core.trainer.config import Config, Section, load
+from ipvrm_core.trainer.config import Config, Rl, Section, load
 
 
 def _leaves(section: type[Section], prefix: str = "") -> list[str]:
@@ -23,7 +25,9 @@ def _leaves(section: type[Section], prefix: str = "") -> list[str]:
     for name, field in section.model_fields.items():
         is_table = typing.get_origin(field.annotation) is dict
         nested = [kind for kind in _flat(field.annotation) if isinstance(kind, type) and issubclass(kind, Section)]
-        if nested:
+        if (section, name) == (Rl, "method"):
+            keys += [f"{prefix}method.{setting.name}" for setting in fields(Method)]
+        elif nested:
             keys += _leaves(nested[0], f"{prefix}{name}.{'<name>.' if is_table else ''}")
         else:
             keys.append(f"{prefix}{name}")
@@ -45,6 +49,7 @@ def test_config_lists_every_key(capsys):
     expected = _leaves(Config)
     assert len(expected) > 80
     assert {"rm.<name>.optim.lr", "rl.<name>.reward_model.optim.lr", "model.lora.rank"} <= set(expected)
+    assert {"rl.<name>.method.p_min", "rl.<name>.batch.prompts"} <= set(expected)
     assert sorted(listed) == sorted(expected)
 
 
@@ -54,9 +59,21 @@ def test_config_tells_type_default_and_meaning(capsys):
     assert "default 0.6" in lines["eval.temperature"]
     assert "k of avg@k" in lines["eval.samples"]
     assert "required" in lines["rl.<name>.reward_model.name"]
+    rates = {"sft": "5e-05", "rm.<name>": "5e-07", "rl.<name>": "1e-06", "rl.<name>.reward_model": "0.0001"}
+    for section, rate in rates.items():  # not that of the class, but of the section that holds it
+        assert f"default {rate} - " in lines[f"{section}.optim.lr"]
+    assert "float, default 0.1 - least probability" in lines["rl.<name>.method.p_min"]
+    assert "'raw' | 'group', default paper 'raw', official 'group' - " in lines["rl.<name>.method.dlw_scale"]
 
 
-COMMANDS = ("sft", "rollout", "train-rm", "distrl", "eval", "run", "report", "config")
+def test_no_key_lacks_a_meaning(capsys):
+    cli.main(["config"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert [line for line in lines if line[0] != "[" and not re.search(r", (default .*|required) - \w", line)] == []
+    assert [line for line in lines if line[0] == "[" and not re.search(r"\]  [A-Z]", line)] == []
+
+
+COMMANDS = ("sft", "rollout", "train-rm", "rl", "eval", "run", "report", "config")
 
 
 @pytest.mark.parametrize("words", [[], *([command] for command in COMMANDS)], ids=lambda words: " ".join(words) or "-")
@@ -77,7 +94,7 @@ def test_help(words, capsys):
     ("words", "parts"),
     [
         (["train-rm", "--name", "nope"], ["--name", "ipvrm", "implicit_prm", "'nope'"]),
-        (["distrl", "--name", "nope"], ["--name", "grpo", "distrl", "'nope'"]),
+        (["rl", "--name", "nope"], ["--name", "grpo", "distrl", "'nope'"]),
         (["rollout", "sft.steps=0"], ["sft.steps", "got 0"]),
         (["run", "--jobs", "0"], ["--jobs", "got 0"]),
         (["rollout"], ["sft/model", "does not exist"]),

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from ipvrm_core.method import METHODS, Method
-from ipvrm_core.trainer.config import Chats, ConfigError, check, load
+from ipvrm_core.trainer.config import Batch, Chats, ConfigError, check, load
+from ipvrm_core.trainer.config.policy import BATCHES
 from ipvrm_core.trainer.pipeline import jobs_of
 
 SHIPPED = sorted((Path(__file__).resolve().parents[1] / "trainer" / "configs").glob("*.toml"))
@@ -31,7 +32,9 @@ def test_the_demo_has_the_values_of_its_file():
     assert config.sft.optim.lr == raw["sft"]["optim"]["lr"]
     for name, rl in raw["rl"].items():
         assert config.rl[name].steps == rl["steps"]
-        assert {key: getattr(config.rl[name].resolved(), key) for key in rl["method"]} == rl["method"]
+        method = rl.get("method", {})
+        assert {key: getattr(config.rl[name].resolved(), key) for key in method} == method
+        assert {key: getattr(config.rl[name].batch, key) for key in rl["batch"]} == rl["batch"]
     assert set(config.rm) == set(raw["rm"])
 
 
@@ -227,15 +230,16 @@ def test_a_file_for_validation_that_cannot_be(given, says):
             ["rm.ipvrm.data.reference", "rl.distrl", "'b'"],
         ),
         # Rl
-        (["rl.grpo.method.keep_prompts=65"], ["rl.grpo:", "keep_prompts", "64", "65"]),
-        (["rl.grpo.method.keep_prompts=0"], ["rl.grpo:", "keep_prompts", "0"]),
-        (["rl.grpo.method.rollouts=1"], ["rl.grpo:", "rollouts", "1"]),
+        (["rl.grpo.batch.keep_prompts=65"], ["rl.grpo:", "keep_prompts", "64", "65"]),
+        (["rl.grpo.batch.keep_prompts=0"], ["rl.grpo.batch.keep_prompts", "got 0"]),
+        (["rl.grpo.batch.rollouts=1"], ["rl.grpo:", "rollouts", "1"]),
         (["rl.grpo.method.clip_low=1.5"], ["rl.grpo:", "clip_low", "1.5"]),
         (["rl.grpo.method.candidate_clip_high=-1"], ["rl.grpo:", "candidate_clip_high", "-1"]),
         (["rl.grpo.method.dual_clip=1.0"], ["rl.grpo:", "dual_clip", "1.0"]),
         (["rl.grpo.method.alpha=-1"], ["rl.grpo:", "alpha", "-1"]),
         (["rl.grpo.method.p_min=0"], ["rl.grpo:", "p_min", "0"]),
         (["rl.grpo.method.top_k=-2"], ["rl.grpo:", "top_k", "-2"]),
+        (["rl.grpo.method.aggregation=token_sum"], ["rl.grpo.method.aggregation", "'sequence_mean'", "'token_sum'"]),
         (["rl.grpo.method.gamme=1"], ["rl.grpo:", "method", "gamme", "gamma"]),
         # Config
         (["rollout.held_out=2048"], ["rollout.held_out", "rollout.prompts", "2048"]),
@@ -295,13 +299,7 @@ def test_every_field_of_a_preset_is_checked_and_reaches_the_method(field, preset
     assert "got ['nonsense']" in str(caught.value)
 
     (other,) = set(METHODS) - {preset}
-    if field.name in ("prompts", "keep_prompts"):  # they depend on each other
-        other = preset
     value = getattr(METHODS[other], field.name)
-    if field.name == "offline_margin":  # would be ignored there, so it is refused
-        with pytest.raises(ConfigError, match=r"method\.offline_margin belongs to the reward model"):
-            with_method(value)
-        return
     rl = with_method(value).rl["x"]
     assert asdict(rl.resolved()) == {**asdict(METHODS[preset]), field.name: value}
     assert rl.method == asdict(rl.resolved())
@@ -312,5 +310,36 @@ def test_values_of_another_kind_are_not_converted(refused, word):
     assert word.split("=")[0] in refused(word)
 
 
-def test_a_beta_for_the_policy_run_is_refused(refused):
-    assert "method.beta belongs to the reward model" in refused("rl.distrl.method.beta=5.0")
+@pytest.mark.parametrize(
+    ("setting", "where"),
+    [
+        ("beta=5.0", "rm.<name>.args"),
+        ("margin=5.0", "rm.<name>.args"),
+        ("offline_margin=0.0", "rm.<name>.args (margin)"),
+        ("prompts=64", "rl.<name>.batch"),
+        ("too_few_mixed=fill", "rl.<name>.batch"),
+    ],
+)
+def test_a_setting_of_the_method_that_stands_elsewhere(refused, setting, where):
+    key = setting.split("=")[0]
+    message = refused(f"rl.distrl.method.{setting}")
+    assert f"rl.distrl: Value error, method.{key} is no setting of the method: set it in {where}" in message
+
+
+OTHER = {
+    "prompts": 600,
+    "keep_prompts": 5,
+    "rollouts": 7,
+    "accuracy_range": (0.1, 0.9),
+    "too_few_mixed": "fill",
+    "max_rounds": 9,
+}
+
+
+@pytest.mark.parametrize("key", Batch.model_fields)
+def test_every_setting_of_a_batch_starts_from_the_preset(key):
+    """What is given arrives; the others are the preset's."""
+    rl = check({**LEAST, "rl": {"x": {"batch": {key: OTHER[key]}}}}).rl["x"]
+    paper = {**BATCHES["paper"], "accuracy_range": (0.0, 1.0), "max_rounds": 4}
+    assert rl.batch.model_dump() == {**paper, key: OTHER[key]}
+    assert check(json.loads(check({**LEAST, "rl": {"x": rl.model_dump()}}).model_dump_json())).rl["x"] == rl

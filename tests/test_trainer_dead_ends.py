@@ -4,15 +4,15 @@ import json
 
 import pytest
 
-from ipvrm_core.trainer import collect as collecting
 from ipvrm_core.trainer.files import write_json
 from ipvrm_core.trainer.metrics import MetricsLog, read_metrics
-from ipvrm_core.trainer.phases import distrl, rollout
+from ipvrm_core.trainer.phases import rl, rollout
 from ipvrm_core.trainer.phases.rm_data import from_rollouts
+from ipvrm_core.trainer.sampling.verified import Asker
 from ipvrm_core.trainer.shards import Shards
 from ipvrm_core.trainer.verify import Verdict
 
-METHOD = {"prompts": 4, "keep_prompts": 2, "rollouts": 4}
+BATCH = {"prompts": 4, "keep_prompts": 2, "rollouts": 4, "max_rounds": 1}
 
 
 @pytest.fixture
@@ -24,16 +24,16 @@ def policy_run(tiny_config, tmp_path, monkeypatch):
     from ipvrm_core.trainer.experiment import Experiment
 
     def make(folder: str, mixed: set[int], **settings) -> Experiment:
-        def sample_and_verify(experiment, model, examples, samples, **generation):
-            made, _ = sampled(experiment, model, examples, samples, **generation)
-            number = int(examples[0].id.rsplit("-", 1)[1]) // METHOD["prompts"]
+        def ask(asker, sampler, examples, drawing):
+            made, _ = own(asker, sampler, examples, drawing)
+            number = int(examples[0].id.rsplit("-", 1)[1]) // BATCH["prompts"]
             return made, [Verdict(number not in mixed or index % 2 == 0, "ok") for index in range(len(made))]
 
-        monkeypatch.setattr(collecting, "sample_and_verify", sample_and_verify)
-        rl = {"method": METHOD, "max_rounds": 1, "minibatch": 8, "optim": {"lr": 1e-2}, **settings}
-        return Experiment(tiny_config(rl={"x": rl}, checkpoint_every=1), tmp_path / folder)
+        monkeypatch.setattr(Asker, "ask", ask)
+        policy = {"batch": BATCH, "minibatch": 8, "optim": {"lr": 1e-2}, **settings}
+        return Experiment(tiny_config(rl={"x": policy}, checkpoint_every=1), tmp_path / folder)
 
-    sampled = collecting.sample_and_verify
+    own = Asker.ask
     return make
 
 
@@ -49,7 +49,7 @@ def _weights(experiment) -> bytes:
 def test_a_step_without_mixed_prompts_is_skipped_and_a_resume_is_bit_equal(policy_run, monkeypatch, capsys):
     mixed = {0, 3, 4}
     straight = policy_run("a", mixed, steps=6, max_skipped=3)
-    distrl.run(straight, "x")
+    rl.run(straight, "x")
     said = capsys.readouterr().out
     assert "rl/x step 2 is skipped: none of 4 prompts had both right and wrong answers (accuracy 1, 0 prompts " in said
     lines = _lines(straight)
@@ -71,9 +71,9 @@ def test_a_step_without_mixed_prompts_is_skipped_and_a_resume_is_bit_equal(polic
     with monkeypatch.context() as patch:
         patch.setattr(MetricsLog, "log", stopping)
         with pytest.raises(StoppedError):
-            distrl.run(policy_run("b", mixed, steps=6, max_skipped=3), "x")
+            rl.run(policy_run("b", mixed, steps=6, max_skipped=3), "x")
     resumed = policy_run("b", mixed, steps=6, max_skipped=3)
-    distrl.run(resumed, "x", resume=True)
+    rl.run(resumed, "x", resume=True)
     assert _lines(resumed) == lines
     assert _weights(resumed) == _weights(straight)
 
@@ -81,10 +81,10 @@ def test_a_step_without_mixed_prompts_is_skipped_and_a_resume_is_bit_equal(polic
 def test_training_ends_early_after_steps_without_mixed_prompts(policy_run, capsys):
     """The first skipped step stands alone, the next two are in a row."""
     experiment = policy_run("a", {0, 2}, steps=50, max_skipped=2)
-    distrl.run(experiment, "x")
+    rl.run(experiment, "x")
     assert "rl/x ends early at step 5 of 50: 2 steps in a row were skipped" in capsys.readouterr().out
     assert [line["kept_prompts"] for line in _lines(experiment)] == [2, 0, 2, 0, 0]
-    distrl.run(experiment, "x", resume=True)  # finished, as after any other run
+    rl.run(experiment, "x", resume=True)  # finished, as after any other run
     assert len(_lines(experiment)) == 5
 
 

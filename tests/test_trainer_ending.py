@@ -34,7 +34,7 @@ def trained(tiny_experiment):
 
     def run(each, total: int = 4, checkpoint_every: int = 100):
         experiment = tiny_experiment(checkpoint_every=checkpoint_every)
-        model = experiment.base_model()
+        model = experiment.base_model().model
         optimizer = make_optimizer(model, OPTIM)
         folder = experiment.run / "phase"
         with ending.signals(), phase_folder(folder, "model", resume=True) as todo:
@@ -145,7 +145,7 @@ def test_an_exploding_loss_names_step_phase_and_batch(tiny_experiment, tmp_path,
     assert str(path) in str(error.value)
     kept = json.loads(path.read_text())
     assert (kept["phase"], kept["step"], len(kept["examples"])) == ("sft", 1, 8)
-    expected = [experiment.demonstration(example)._asdict() for example in experiment.examples("sft", 0, 8)]
+    expected = [experiment.text.demonstration(example)._asdict() for example in experiment.examples("sft", 0, 8)]
     assert kept["answers"] == expected
     assert _checkpoints(folder) == ["failed-step-0000001.json"]
 
@@ -217,9 +217,9 @@ import sys, time
 from ipvrm_core.trainer import ending
 {patch}
 with ending.signals():
-    ending.end_with_parent()
-    print("ready", flush=True)
     try:
+        ending.end_with_parent()
+        print("ready", flush=True)  # from here on the signal may come
         time.sleep(60)
     except KeyboardInterrupt as error:
         open({path!r}, "w").write(error.signal.name)

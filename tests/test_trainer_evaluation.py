@@ -9,9 +9,9 @@ pytest.importorskip("transformers")
 
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import ConfigError, check
-from ipvrm_core.trainer.evaluation import accuracy
-from ipvrm_core.trainer.evaluation.candidate_statistics import candidate_statistics
-from ipvrm_core.trainer.evaluation.rank_analysis import Prefix, continued_prefixes, rank_auc
+from ipvrm_core.trainer.evaluation.policy import accuracy
+from ipvrm_core.trainer.evaluation.policy.candidate_statistics import candidate_statistics
+from ipvrm_core.trainer.evaluation.reward_model.rank_analysis import Prefix, continued_prefixes, rank_auc
 from ipvrm_core.trainer.evaluation.token_scores import Scorer
 from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.sampling.base import Sample

@@ -102,7 +102,7 @@ def test_a_phase_reads_the_model_that_another_made(tiny_experiment, tiny_model):
 
     experiment = tiny_experiment()
     folder = experiment.run / "rm" / "x" / "model"
-    save_model(tiny_model(1), experiment.tokenizer, folder)
+    save_model(tiny_model(1), experiment.text.tokenizer, folder)
     experiment.saved(folder)
     experiment.load(folder)
     path = folder / "model.safetensors"

@@ -82,7 +82,7 @@ def test_built_in_tasks_need_no_guard(tiny_config):
     assert compare(tiny_config()) == []
 
 
-@pytest.mark.parametrize("command", ["sft", "rollout", "train-rm", "distrl", "run"])
+@pytest.mark.parametrize("command", ["sft", "rollout", "train-rm", "rl", "run"])
 def test_training_is_refused_before_it_starts(config, command, tmp_path, capsys):
     path = tmp_path / "config.json"
     path.write_text(config([PROBLEM], ["x", PROBLEM]).model_dump_json())

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ipvrm_core.trainer.evaluation.localisation import best_f1, f1_at, predict
+from ipvrm_core.trainer.evaluation.reward_model.localisation import best_f1, f1_at, predict
 from ipvrm_core.trainer.reward import answer_scores, auc
 from ipvrm_core.trainer.text.steps import token_steps
 
@@ -115,7 +115,7 @@ def test_token_steps_by_hand():
 
 def test_score_traces_against_one_trace_at_a_time(tiny_experiment, tiny_model):
     """Sums of log p - log p_ref over the characters of every step, read from the models' own logits."""
-    from ipvrm_core.trainer.evaluation.step_scores import score_traces
+    from ipvrm_core.trainer.evaluation.reward_model.step_scores import score_traces
 
     experiment = tiny_experiment()
     model, reference = (experiment.language_model(tiny_model(number)) for number in (1, 2))

@@ -12,9 +12,9 @@ from ipvrm_core import METHODS, objectives
 from ipvrm_core.trainer.config import ConfigError, check
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.models import load_pretrained
-from ipvrm_core.trainer.phases import distrl, evaluate, rollout, sft, train_rm
-from ipvrm_core.trainer.reward import sampled_logprobs
-from tests.tiny_runs import BASE, METHOD
+from ipvrm_core.trainer.phases import evaluate, rl, rollout, sft, train_rm
+from ipvrm_core.trainer.rl import step
+from tests.tiny_runs import BASE, BATCH
 
 PAPER = METHODS["paper"]
 
@@ -22,12 +22,14 @@ PAPER = METHODS["paper"]
 # ---- what a configuration may combine
 
 
-def configured(objective: str | None = "ipvrm", rm: dict | None = None, update: str = "none", **method):
-    rl = {"steps": 2, "minibatch": 12, "optim": {"lr": 1e-3}, "method": {**METHOD, **method}}
+def configured(
+    objective: str | None = "ipvrm", rm: dict | None = None, update="none", batch: dict | None = None, **method
+):
+    policy = {"steps": 2, "minibatch": 12, "optim": {"lr": 1e-3}, "method": method, "batch": {**BATCH, **(batch or {})}}
     if objective:
-        rl["reward_model"] = {"name": "y", "update": update, "batch": 12, "optim": {"lr": 1e-3}}
+        policy["reward_model"] = {"name": "y", "update": update, "batch": 12, "optim": {"lr": 1e-3}}
     rm = {"objective": objective or "ipvrm", "steps": 20, "batch": 16, "optim": {"lr": 1e-3}, **(rm or {})}
-    return check({**BASE, "rm": {"y": rm}, "rl": {"x": rl}})
+    return check({**BASE, "rm": {"y": rm}, "rl": {"x": policy}})
 
 
 @pytest.mark.parametrize(
@@ -55,12 +57,21 @@ def configured(objective: str | None = "ipvrm", rm: dict | None = None, update: 
         ({"estimator": "none", "lam": 0.5}, ["method.lam must be 1", "'none'"]),
         ({"estimator": "sarsa"}, ["method.estimator", "'sarsa'"]),
         ({"outcome": "ppo"}, ["method.outcome", "'ppo'"]),
-        ({"accuracy_range": [0.8, 0.2]}, ["accuracy_range must be [low, high] with 0 <= low <= high", "[0.8, 0.2]"]),
-        ({"accuracy_range": [0.2, 1.2]}, ["accuracy_range must be [low, high]", "[0.2, 1.2]"]),
-        ({"accuracy_range": [0.2, 0.3, 0.8]}, ["method.accuracy_range"]),
-        ({"accuracy_range": [0.3, 0.4], "rollouts": 4}, ["one of the shares 1/4 .. 3/4", "rollouts = 4", "[0.3, 0.4]"]),
-        ({"accuracy_range": [1.0, 1.0]}, ["one of the shares 1/6 .. 5/6", "[1.0, 1.0]"]),
-        ({"accuracy_range": [0.2, 0.8], "too_few_mixed": "fill"}, ["too_few_mixed must be 'sample_on'", "got 'fill'"]),
+        (
+            {"batch": {"accuracy_range": [0.8, 0.2]}},
+            ["must be [low, high] with 0 <= low <= high", "[0.8, 0.2]"],
+        ),
+        ({"batch": {"accuracy_range": [0.2, 1.2]}}, ["accuracy_range must be [low, high]", "[0.2, 1.2]"]),
+        ({"batch": {"accuracy_range": [0.2, 0.3, 0.8]}}, ["rl.x.batch.accuracy_range"]),
+        (
+            {"batch": {"accuracy_range": [0.3, 0.4], "rollouts": 4}},
+            ["shares 1/4 .. 3/4", "rollouts = 4", "[0.3, 0.4]"],
+        ),
+        ({"batch": {"accuracy_range": [1.0, 1.0]}}, ["one of the shares 1/6 .. 5/6", "[1.0, 1.0]"]),
+        (
+            {"batch": {"accuracy_range": [0.2, 0.8], "too_few_mixed": "fill"}},
+            ["rl.x", "batch.too_few_mixed must be 'sample_on'", "got 'fill'"],
+        ),
     ],
 )
 def test_impossible_combinations(arguments, parts):
@@ -81,8 +92,8 @@ def test_impossible_combinations(arguments, parts):
         {"objective": None, "estimator": "msa"},
         {"objective": None, "outcome": "reinforce", "estimator": "none"},
         {"objective": "ipvrm", "estimator": "mc", "gamma": 0.9},
-        {"objective": "repirl", "accuracy_range": [0.2, 0.8]},
-        {"accuracy_range": [0, 1], "too_few_mixed": "fill"},
+        {"objective": "repirl", "batch": {"accuracy_range": [0.2, 0.8]}},
+        {"batch": {"accuracy_range": [0, 1], "too_few_mixed": "fill"}},
     ],
 )
 def test_possible_combinations_survive_json(arguments):
@@ -155,7 +166,7 @@ def test_every_objective_learns_to_rank(through, objective, rm):
     built = config.rm["y"].build()
     groups = [g for g in rollout.read(experiment.run / "rollout")[:16] if 0 < sum(g.correct) < len(g.correct)]
     model = experiment.load(experiment.run / "rm/y/model")
-    assert hasattr(model, "value_head") == (built.head == "value")
+    assert (model.value_head is not None) == (built.head == "value")
     assert train_rm.validate(experiment, model, groups, built)["held_out_auc"] > 0.75
     assert len(metrics(experiment, "rm/y")) == 40
 
@@ -163,7 +174,7 @@ def test_every_objective_learns_to_rank(through, objective, rm):
 @pytest.mark.slow
 def test_the_training_free_reward_model_is_the_start(through, start):
     experiment = through(configured("endorm"))
-    own = experiment.load(experiment.run / "rm/y/model").state_dict()
+    own = experiment.load(experiment.run / "rm/y/model").model.state_dict()
     first = load_pretrained(start / "sft/model").state_dict()
     assert own.keys() == first.keys()
     assert all(torch.equal(own[name], first[name]) for name in own)
@@ -190,7 +201,7 @@ def test_the_training_free_reward_model_is_the_start(through, start):
 def test_every_reward_model_under_a_policy(through, arguments):
     """Two steps of RL, then the evaluation: the grid of reward models and estimators."""
     experiment = through(configured(**arguments))
-    distrl.run(experiment, "x")
+    rl.run(experiment, "x")
     lines = metrics(experiment, "rl/x")
     assert len(lines) == 2
     assert all(value == value for line in lines for value in line.values())
@@ -213,9 +224,9 @@ def test_demonstrations_join_every_step(through, monkeypatch):
     """Three more right answers a step, others in each step, with their log-probs under the start."""
     seen, real = [], train_rm.backward_reward_loss
 
-    def record(experiment, model, objective, answers, ref_N, labels_B, weights_B):
-        seen.append((answers, ref_N, labels_B, weights_B))
-        return real(experiment, model, objective, answers, ref_N, labels_B, weights_B)
+    def record(model, objective, *given):
+        seen.append(given)
+        return real(model, objective, *given)
 
     monkeypatch.setattr(train_rm, "backward_reward_loss", record)
     experiment = through(configured("repirl", {"experts": 3, "steps": 2}))
@@ -224,22 +235,22 @@ def test_demonstrations_join_every_step(through, monkeypatch):
         assert len(answers) == 16 + 3
         assert labels_B.tolist() == [1.0, 0.0] * 8 + [1.0] * 3
         assert torch.equal(weights_B, torch.full((19,), 1 / 19))
-        torch.testing.assert_close(sampled_logprobs(experiment, start, answers), ref_N, rtol=0, atol=1e-4)
+        torch.testing.assert_close(start.logprobs(answers), ref_N, rtol=0, atol=1e-4)
     assert seen[0][0][16:] != seen[1][0][16:]
-    demonstrations = [experiment.demonstration(example) for example in experiment.examples("rm experts", 0, 6)]
+    demonstrations = [experiment.text.demonstration(example) for example in experiment.examples("rm experts", 0, 6)]
     assert seen[0][0][16:] + seen[1][0][16:] == demonstrations
 
 
 @pytest.mark.slow
 def test_online_weights_are_of_the_old_policy_whatever_the_reference(through, monkeypatch):
-    seen, real = [], distrl.update_reward_model
+    seen, real = [], step.update_reward_model
 
     def record(*arguments):
-        seen.append((arguments[7], arguments[11]))
+        seen.append((arguments[6].logprobs_N, arguments[7]))
         return real(*arguments)
 
-    monkeypatch.setattr(distrl, "update_reward_model", record)
-    distrl.run(through(configured("repirl", update="before", online_reference="sft")), "x")
+    monkeypatch.setattr(step, "update_reward_model", record)
+    rl.run(through(configured("repirl", update="before", online_reference="sft")), "x")
     assert torch.allclose(*seen[0], atol=1e-5)  # the first step starts at the reference
     assert not torch.allclose(*seen[1], atol=1e-5)
 
@@ -296,7 +307,7 @@ def test_one_new_file_is_enough(hinge, through):
     experiment = through(config)
     first = metrics(experiment, "rm/y")[0]
     assert first["loss"] == pytest.approx(0.7, abs=1e-4)  # all scores are 0 at the start: the margin is what is left
-    distrl.run(experiment, "x")
+    rl.run(experiment, "x")
     assert all("rm_loss" in line for line in metrics(experiment, "rl/x"))
     evaluate.run(experiment)
     assert (experiment.run / "eval/rm-y.json").exists()

@@ -10,9 +10,9 @@ pytest.importorskip("transformers")
 
 from ipvrm_core.objectives.ipvrm import Ipvrm
 from ipvrm_core.trainer.data.tasks import ChainTask
-from ipvrm_core.trainer.evaluation import own_answers
-from ipvrm_core.trainer.evaluation.own_answers import OwnAnswers, as_traces, best_of_n, sample_own
-from ipvrm_core.trainer.evaluation.reward_model import judge
+from ipvrm_core.trainer.evaluation.reward_model import own_answers
+from ipvrm_core.trainer.evaluation.reward_model.judge import judge
+from ipvrm_core.trainer.evaluation.reward_model.own_answers import OwnAnswers, as_traces, best_of_n, sample_own
 from ipvrm_core.trainer.sampling.base import Sample
 from ipvrm_core.trainer.verify import Verdict
 

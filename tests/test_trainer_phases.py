@@ -11,15 +11,15 @@ import torch
 from ipvrm_core.trainer.config import ConfigError, check
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.models import load_pretrained
-from ipvrm_core.trainer.phases import distrl, evaluate, rollout, sft, train_rm
+from ipvrm_core.trainer.phases import evaluate, rl, rollout, sft, train_rm
 from ipvrm_core.trainer.phases.training import AlreadyStartedError
 from tests import tiny_runs
-from tests.tiny_runs import METHOD
+from tests.tiny_runs import BATCH
 
 pytestmark = pytest.mark.slow
 
 BASE = {**tiny_runs.BASE, "rm": {"prefix": {"steps": 5, "batch": 16, "optim": {"lr": 1e-3}}}}
-RL = {"steps": 2, "minibatch": 12, "method": METHOD, "optim": {"lr": 1e-3}}
+RL = {"steps": 2, "minibatch": 12, "batch": BATCH, "optim": {"lr": 1e-3}}
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +42,9 @@ def train(start, tmp_path):
         folder = tmp_path / str(next(count))
         for phase in ("sft", "rollout", "rm"):
             shutil.copytree(start / phase, folder / phase)
-        method = {**METHOD, **changes.pop("method", {})}
-        config = {**BASE, "rl": {"x": {**RL, **changes, "method": method}}}
-        distrl.run(Experiment(check({**config, "model": {**BASE["model"], **(model or {})}}), folder), "x")
+        batch = {**BATCH, **changes.pop("batch", {})}
+        config = {**BASE, "rl": {"x": {**RL, **changes, "batch": batch}}}
+        rl.run(Experiment(check({**config, "model": {**BASE["model"], **(model or {})}}), folder), "x")
         lines = [json.loads(line) for line in (folder / "rl/x/metrics.jsonl").read_text().splitlines()]
         return [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory_mb")} for line in lines], folder
 
@@ -59,7 +59,7 @@ def _reward_model(update: str, **more) -> dict:
     return {"name": "prefix", "update": update, "batch": 8, "optim": {"lr": 1e-3}, **more}
 
 
-POLICY = ("loss_sampled", "loss_candidates", "sigma_v", "rm_auc", "gae_std")
+POLICY = ("loss_sampled", "loss_candidates", "sigma_v", "rm_auc", "process_std")
 
 
 def test_when_the_reward_model_is_updated(train):
@@ -90,7 +90,8 @@ def test_the_official_preset_and_the_other_switches_run(train):
         epochs=2,
         kl_coef=0.1,
         entropy_coef=0.01,
-        method={"too_few_mixed": "fill", "keep_prompts": 12, "online_reference": "sft"},
+        batch={"too_few_mixed": "fill", "keep_prompts": 12},
+        method={"online_reference": "sft"},
         reward_model=_reward_model("before"),
     )
     assert [line["kept_prompts"] for line in lines] == [12, 12]  # filled with unmixed prompts
@@ -197,7 +198,7 @@ def test_a_kill_between_the_two_models(train):
     before = _digest(folder)
     shutil.rmtree(folder / "rl/x/model")
     saved = (folder / "rl/x/reward_model/model.safetensors").stat()
-    distrl.run(Experiment(check(json.loads((folder / "config.json").read_text())), folder), "x", resume=True)
+    rl.run(Experiment(check(json.loads((folder / "config.json").read_text())), folder), "x", resume=True)
     assert _digest(folder) == before
     assert (folder / "rl/x/reward_model/model.safetensors").stat() == saved
 
@@ -209,7 +210,7 @@ def test_phases_name_what_is_missing(tmp_path):
     with pytest.raises(FileNotFoundError, match="rollout"):
         train_rm.run(experiment, "prefix")
     with pytest.raises(FileNotFoundError, match="sft"):
-        distrl.run(experiment, "x")
+        rl.run(experiment, "x")
 
 
 def test_a_started_phase_needs_resume(start):

@@ -30,7 +30,7 @@ def test_jobs_and_what_they_wait_for(tiny_config):
         "report": ("eval",),
     }
     assert jobs["rm.b"].words == ("train-rm", "--name", "b")
-    assert jobs["rl.dist"].words == ("distrl", "--name", "dist")
+    assert jobs["rl.dist"].words == ("rl", "--name", "dist")
 
 
 def test_only_the_phases_of_the_configuration(tiny_config):

@@ -5,13 +5,12 @@ import time
 
 import pytest
 
-from ipvrm_core.trainer import chat_template
 from ipvrm_core.trainer.commands.main import main
 from ipvrm_core.trainer.config import ConfigError, Source, check
 from ipvrm_core.trainer.data.files import load_examples
 from ipvrm_core.trainer.models import character_tokenizer
 from ipvrm_core.trainer.preflight import preflight
-from ipvrm_core.trainer.text.prompts import encode_prompt
+from ipvrm_core.trainer.text import encode_prompt, template
 
 # ---- the configuration
 
@@ -45,7 +44,11 @@ def test_answer_patterns(pattern, says):
         ("verifier.timeout_s=1e300", "verifier.timeout_s"),
         ("verifier.memory_gib=0", "verifier.memory_gib"),
         ("verifier.max_errors=1.5", "verifier.max_errors"),
-        ("rl.grpo.method.rollouts=10000000000", "method.rollouts must be at most 1000000"),
+        ("rl.grpo.batch.rollouts=100000000", "batch.rollouts must be at most 1000000"),
+        (
+            "rl.grpo.batch.rollouts=10000000000",
+            "rl.grpo.batch.rollouts: Input should be less than or equal to 1000000000",
+        ),
         ("rl.grpo.method.p_min=1e-320", "method.p_min must be at least 1e-06"),
     ],
 )
@@ -61,7 +64,7 @@ def test_sizes_that_are_a_slip(refused, override, says):
     [
         ({"model": {"scratch": {"hidden_size": 10**6, "layers": 1000}}}, "model.scratch"),
         ({"rollout": {"batch": 10**6, "samples": 10**6}}, "rollout.batch x rollout.samples"),
-        ({"rl": {"x": {"method": {"prompts": 10**6, "keep_prompts": 1, "rollouts": 10**6}}}}, "rl.x.method.prompts x"),
+        ({"rl": {"x": {"batch": {"prompts": 10**6, "keep_prompts": 1, "rollouts": 10**6}}}}, "rl.x.batch.prompts x"),
         ({"eval": {"prompts": 10**9, "samples": 10**6}}, "eval.prompts x eval.samples"),
     ],
 )
@@ -149,7 +152,7 @@ def test_a_chat_template_that_runs_away(monkeypatch, kind):
 
     tokenizer = character_tokenizer("12+?")
     tokenizer.chat_template = RUNAWAYS[kind]
-    monkeypatch.setattr(chat_template, "SECONDS", 0.3)
+    monkeypatch.setattr(template, "SECONDS", 0.3)
     begun = time.monotonic()
     with pytest.raises(ValueError, match=r"^example e-7: the chat template (refuses|makes 11000000)"):
         encode_prompt(tokenizer, Example("e-7", "1+2?", "3"))
@@ -164,6 +167,6 @@ def test_limits_are_gone_afterwards():
     tokenizer.chat_template = "{{ messages[0]['content'] }}"
     before = resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)
     messages = [{"role": "user", "content": "1+2?"}]
-    assert chat_template.render_chat(tokenizer, messages, "here") == "1+2?"
+    assert template.render_chat(tokenizer, messages, "here") == "1+2?"
     assert (resource.getrlimit(resource.RLIMIT_AS), signal.getsignal(signal.SIGALRM)) == before
     assert signal.getitimer(signal.ITIMER_REAL)[0] == 0

@@ -10,6 +10,7 @@ from ipvrm_core.objectives.ipvrm import Ipvrm
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import RewardModel, check
 from ipvrm_core.trainer.experiment import Experiment
+from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.metrics import MetricsLog, read_metrics
 from ipvrm_core.trainer.phases.rm_data import make_pairs
 from ipvrm_core.trainer.phases.rollout import Rollouts
@@ -110,7 +111,7 @@ def test_pairs_are_right_and_wrong_answers_of_one_prompt(pairing, limit, sizes):
 
 def test_validation_of_one_kind_of_answers_is_left_out(tiny_experiment, tiny_model):
     """All held-out answers wrong, as they are early on: there is no AUC then, and training must go on."""
-    experiment, model, objective = tiny_experiment(), tiny_model(), Ipvrm()
+    experiment, model, objective = tiny_experiment(), LanguageModel(tiny_model()), Ipvrm()
     assert validate(experiment, model, [_rollouts(2, "---")], objective) == {}
     numbers = validate(experiment, model, [_rollouts(2, "-+-")], objective)
     ranks = {"held_out_auc", "held_out_auc_sum", "held_out_pair_accuracy", "held_out_accuracy"}

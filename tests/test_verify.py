@@ -250,14 +250,13 @@ def test_boxed_takes_nothing_but_the_last_box(math):
 
 
 def test_an_unfinished_answer_is_wrong_unseen_where_that_is_asked_for():
-    from ipvrm_core.trainer.evaluation.sampled_answers import Asker
-    from ipvrm_core.trainer.phases.rollout import judged
-    from ipvrm_core.trainer.sampling.generate import Sample
+    from ipvrm_core.trainer.sampling.base import Sample
+    from ipvrm_core.trainer.sampling.verified import Asker
 
     samples = [Sample([1], [2], [0.0], finished) for finished in (True, False, True)]
     for unfinished, expected in (("judge", ["ok"] * 3), ("wrong", ["ok", "unfinished", "ok"])):
         asker = Asker(None, ExactVerifier(), unfinished=unfinished)
-        verdicts = judged(asker, samples, ["5", "5", "6"], ["5"] * 3)
+        verdicts = asker.judge(samples, ["5", "5", "6"], ["5"] * 3)
         assert [verdict.status for verdict in verdicts] == expected
         assert [verdict.correct for verdict in verdicts] == [True, unfinished == "judge", False]
         assert all(verdict.decided for verdict in verdicts)

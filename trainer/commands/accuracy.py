@@ -54,7 +54,7 @@ def run(options) -> None:
     from dataclasses import asdict
 
     from ipvrm_core.trainer.data.sources import by_group, read_source
-    from ipvrm_core.trainer.evaluation import sampled_answers
+    from ipvrm_core.trainer.evaluation.policy import sampled_answers
     from ipvrm_core.trainer.evaluation.token_scores import length_limit, load_language_model
     from ipvrm_core.trainer.files import remove_folder, write_json, write_text
     from ipvrm_core.trainer.sampling.generate import Generate
@@ -127,7 +127,7 @@ def _check_old(options, parts: Path, files: dict[str, str]) -> None:
 
 def _check_readable(groups) -> None:
     """ValueError for prompts that best-of-n could not read: it knows one message of the user."""
-    from ipvrm_core.trainer.evaluation.sampled_answers import prompt_text
+    from ipvrm_core.trainer.evaluation.policy.sampled_answers import prompt_text
 
     long = [
         example.id for examples in groups.values() for example in examples if not isinstance(prompt_text(example), str)

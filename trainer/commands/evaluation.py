@@ -57,8 +57,8 @@ def _best_of_n(commands) -> None:
 
 
 def run_best_of_n(options) -> None:
-    from ipvrm_core.trainer.evaluation import stored_answers
-    from ipvrm_core.trainer.evaluation.equal_answers import math_equality, merge_equal
+    from ipvrm_core.trainer.evaluation.policy import stored_answers
+    from ipvrm_core.trainer.evaluation.policy.equal_answers import math_equality, merge_equal
     from ipvrm_core.trainer.files import write_json
 
     together = {f"--{name}": getattr(options, name) for name in ("model", "prompt", "text")}
@@ -86,7 +86,7 @@ def _scores_made_here(options, stored) -> dict:
     """The scores of every answer, what became of it, and where they come from; says the last two."""
     from collections import Counter
 
-    from ipvrm_core.trainer.evaluation.score_answers import score_stored
+    from ipvrm_core.trainer.evaluation.reward_model.score_answers import score_stored
 
     scorer = load_scorer_of(options)
     beta, limit, form = beta_of(options, scorer), max_length_of(options, scorer), form_of(options)
@@ -116,8 +116,8 @@ def _candidates(commands) -> None:
 def run_candidates(options) -> None:
     from ipvrm_core.trainer.batching import Answer
     from ipvrm_core.trainer.data.files import cell, read_rows
-    from ipvrm_core.trainer.evaluation.candidate_statistics import candidate_statistics
     from ipvrm_core.trainer.evaluation.lengths import refuse_long
+    from ipvrm_core.trainer.evaluation.policy.candidate_statistics import candidate_statistics
     from ipvrm_core.trainer.evaluation.token_scores import length_limit, load_language_model
     from ipvrm_core.trainer.files import write_json
     from ipvrm_core.trainer.text.steps import render

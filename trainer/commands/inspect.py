@@ -50,7 +50,7 @@ def run(options) -> None:
     if options.data and not options.id:
         _folder(options, texts, viewers)
         return
-    from ipvrm_core.trainer.report.inspection import write_page
+    from ipvrm_core.trainer.report.inspect_page import write_page
 
     title = " | ".join(dict.fromkeys(_title(options, problem) for problem in texts))
     write_page(options.out, [view(problem) for problem in texts for view in viewers], title)
@@ -114,7 +114,7 @@ def _viewer(options, model: str, reference: str | None, threshold: float | None)
     """problem -> what the page shows of it under these models."""
     from argparse import Namespace
 
-    from ipvrm_core.trainer.report.inspection import inspect
+    from ipvrm_core.trainer.evaluation.reward_model.inspection import inspect
 
     scorer = load_scorer_of(Namespace(**vars(options) | {"model": model, "reference": reference}))
     settings = {"p_min": options.p_min, "sigma": options.sigma, "beta": beta_of(options, scorer)}
@@ -129,7 +129,7 @@ def _viewer(options, model: str, reference: str | None, threshold: float | None)
 
 def _folder(options, problems: list, viewers: list) -> None:
     from ipvrm_core.trainer.progress import progress
-    from ipvrm_core.trainer.report.inspection import write_index, write_page
+    from ipvrm_core.trainer.report.inspect_page import write_index, write_page
 
     rows = []
     for number, problem in enumerate(progress(problems, "inspect", "problem"), 1):

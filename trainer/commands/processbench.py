@@ -42,8 +42,9 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
-    from ipvrm_core.trainer.evaluation import processbench_results, processbench_tables
-    from ipvrm_core.trainer.evaluation.processbench_files import read_scores, read_sources
+    from ipvrm_core.trainer.evaluation.processbench.files import read_scores, read_sources
+    from ipvrm_core.trainer.evaluation.processbench.results import evaluate
+    from ipvrm_core.trainer.evaluation.processbench.tables import markdown
     from ipvrm_core.trainer.files import locked, write_json
 
     _check(options)
@@ -55,7 +56,7 @@ def run(options) -> None:
     result = {
         "origin": origin,
         "sources": sources,
-        **processbench_results.evaluate(rows, options.tune_on, options.resamples, options.seed),
+        **evaluate(rows, options.tune_on, options.resamples, options.seed),
     }
     if options.out:
         options.out.mkdir(parents=True, exist_ok=True)
@@ -63,7 +64,7 @@ def run(options) -> None:
     skipped = [
         f"{name}: {source['skipped']} rows left out" for name, source in sources.items() if source.get("skipped")
     ]
-    print(said(origin), *skipped, "", processbench_tables.markdown(result), sep="\n")
+    print(said(origin), *skipped, "", markdown(result), sep="\n")
 
 
 def _check(options) -> None:
@@ -85,8 +86,8 @@ def _check(options) -> None:
 
 def _score(options) -> None:
     from ipvrm_core.trainer.data.processbench import read_subsets
-    from ipvrm_core.trainer.evaluation import processbench
-    from ipvrm_core.trainer.evaluation.processbench_files import Parts, check_origin, check_source, write_scores
+    from ipvrm_core.trainer.evaluation.processbench.files import Parts, check_origin, check_source, write_scores
+    from ipvrm_core.trainer.evaluation.processbench.scores import score
 
     form = _form(options)
     subsets = read_subsets(options.data, options.limit, layout_of(options))
@@ -106,7 +107,7 @@ def _score(options) -> None:
     for subset in subsets:
         path, parts = options.out / f"{subset.name}.parquet", Parts(options.out / f"{subset.name}.parts", origin)
         if not path.exists():
-            rows = processbench.score(
+            rows = score(
                 scorer,
                 subset.problems,
                 form,
@@ -140,7 +141,7 @@ def _source(options, subset) -> dict:
 def _form(options):
     from dataclasses import replace
 
-    from ipvrm_core.trainer.evaluation import official
+    from ipvrm_core.trainer.evaluation.processbench import official
 
     if not options.official:
         return form_of(options)

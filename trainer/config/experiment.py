@@ -19,9 +19,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 class Config(Section):
     """A whole experiment: one start, any number of reward models and policy runs."""
 
-    name: str = "run"
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    name: str = Field("run", description="in the report's title, and the project in Weights & Biases")
+    seed: int = Field(0, description="of all that is drawn by chance")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     precision: Literal["no", "bf16"] = Field("no", description="bf16: float32 weights, bfloat16 products in the layers")
     model: Model
     data: Source | None = None

@@ -80,17 +80,21 @@ class Rl(Section):
     """One policy run. Without `reward_model` it is plain GRPO; with alpha = 0 it is GRPO with a process reward."""
 
     reward_model: RlRewardModel | None = None
-    preset: Literal["paper", "official"] = "paper"
-    method: dict[str, Any] = Field({}, description="settings of the preset to override, e.g. {alpha = 1.0}")
+    preset: Literal["paper", "official"] = Field("paper", description="where method and batch start from")
+    method: Annotated[dict[str, Any], Method] = Field({}, description="What differs from the preset.")
     batch: Batch = Batch()
-    steps: Positive = 100
+    steps: Positive = Field(100, description="batches of rollouts that are learnt from")
     epochs: Positive = Field(1, description="passes over a batch of rollouts")
     minibatch: Positive = Field(256, description="sequences per policy step")
     max_skipped: Positive = Field(
         5, description="a step without any mixed prompt is skipped; after so many in a row training ends early"
     )
-    kl_coef: Annotated[float, Field(ge=0)] = 0.0
-    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    kl_coef: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of KL(policy || starting policy) in the loss"
+    )
+    entropy_coef: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of the entropy, which the loss then raises"
+    )
     optim: Optim = Optim(lr=1e-6)
 
     @model_validator(mode="after")
@@ -117,7 +121,11 @@ class Rl(Section):
 
     def _check_estimator(self, method: Method) -> None:
         """ValueError for settings that the estimator could not follow."""
-        estimator, name = estimators.find(method.estimator), method.estimator
+        name = method.estimator
+        try:
+            estimator = estimators.find(name)
+        except ValueError as error:
+            raise ValueError(f"method.{error}") from None  # it begins with "estimator"
         if estimator.token_rewards == "required" and self.reward_model is None:
             raise ValueError(f"method.estimator = {name!r} needs a reward_model: it works on token rewards; got None")
         if method.outcome not in estimator.outcomes:

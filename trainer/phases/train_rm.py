@@ -8,8 +8,13 @@ from tqdm import tqdm
 from ipvrm_core.objectives import Objective
 from ipvrm_core.packing import cu_seqlens_from_lengths
 from ipvrm_core.trainer import inputs
-from ipvrm_core.trainer.calibration import PLACES, expected_calibration_error, prefix_probabilities, reliability
 from ipvrm_core.trainer.config import RewardModel
+from ipvrm_core.trainer.evaluation.reward_model.calibration import (
+    PLACES,
+    expected_calibration_error,
+    prefix_probabilities,
+    reliability,
+)
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.files import write_json
 from ipvrm_core.trainer.identity import model_digests

@@ -1,25 +1,21 @@
-"""`ipvrm inspect`: an answer token by token under a reward model, or two views side by side, as one HTML page.
+"""An answer token by token under a reward model: what a view of the page of `ipvrm inspect` shows.
 
 Shape letters: N tokens of the answer, K candidates.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch import Tensor
 
 from ipvrm_core import Candidates
 from ipvrm_core.trainer.batching import Answer
-from ipvrm_core.trainer.data.processbench import Problem
 from ipvrm_core.trainer.evaluation.lengths import refuse_long
-from ipvrm_core.trainer.evaluation.localisation import predict
-from ipvrm_core.trainer.evaluation.step_scores import step_sums, variants
+from ipvrm_core.trainer.evaluation.reward_model.localisation import predict
+from ipvrm_core.trainer.evaluation.reward_model.step_scores import step_sums, variants
 from ipvrm_core.trainer.evaluation.token_scores import Scorer, length_limit, token_scores
-from ipvrm_core.trainer.files import write_text
 from ipvrm_core.trainer.text.steps import Format, render
 
 
@@ -56,7 +52,8 @@ def inspect(
     log pi_ref(v)), advantage = delta / sigma. Without a reference they are the model's own, and delta(v) = beta
     decay^(t-1) log pi_phi(v). `sigma` is sigma_V of a training batch; None takes the spread of this answer's own
     values. With a value head, delta is beta times its output, which is the value itself: no candidates, no sigma.
-    `threshold` (as `ipvrm processbench` reports it) marks the predicted first wrong step. names: model, reference.
+    `threshold` (as `ipvrm processbench` reports it) gives `predicted`, the first step called wrong: from 0, -1 for
+    none, None without a threshold. names: model, reference.
     """
     if sigma is not None and scorer.kind == "value":
         raise ValueError(f"sigma scales TD errors, and a value head gives values; got {sigma}")
@@ -100,6 +97,7 @@ def inspect(
         "sigma": None if scorer.kind == "value" else _scale(values_N, sigma),
         "own_sigma": sigma is None,
         "threshold": threshold,
+        "predicted": None if threshold is None else predict(scores["process"], threshold),
         "label": label,
     }
 
@@ -161,38 +159,3 @@ def _rows(scorer: Scorer, ids: list[int], ours_K: Tensor, theirs_K: Tensor, delt
         }
         for k in sorted(used, key=lambda k: -float(theirs_K[k]))
     ]
-
-
-def write_page(path: Path, views: Sequence[dict], title: str, back: str | None = None) -> None:
-    """One or two views in one file that needs nothing else. back: link to the page of all problems."""
-    if not all(np.isfinite(token["delta"]) for shown in views for token in shown["tokens"]):
-        raise ValueError("a token has probability 0 under one of the models: its score is infinite")
-    _write(path, "inspect.html", title=title, views=list(views), back=back)
-
-
-def write_index(path: Path, rows: Sequence[tuple[str, Problem, Sequence[dict]]], title: str) -> None:
-    """The table of many problems: (name of the page, problem, its views)."""
-    shown = [(page, problem, [_summary(view) for view in views]) for page, problem, views in rows]
-    views = [{"model": view["model"], "reference": view["reference"]} for view in rows[0][2]]
-    hits = [sum(found[v]["predicted"] == problem.label for _, problem, found in shown) for v in range(len(views))]
-    _write(path, "inspect_index.html", title=title, rows=shown, views=views, hits=hits)
-
-
-def _summary(view: dict) -> dict:
-    """predicted: 0-based step, -1 for all right, None without a threshold."""
-    process, threshold = [step["process"] for step in view["steps"]], view["threshold"]
-    return {
-        "predicted": None if threshold is None else predict(process, threshold),
-        "lowest": min(process),
-        "value": view["tokens"][-1]["value"],
-        "mean": view["tokens"][-1]["mean"],
-        "right": 1 / (1 + np.exp(-view["tokens"][-1]["mean"])) if view["kind"] == "log-ratio" else None,
-    }
-
-
-def _write(path: Path, template: str, **values) -> None:
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, environment.get_template(template).render(**values))

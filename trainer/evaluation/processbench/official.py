@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ipvrm_core.trainer.evaluation.localisation import F1, Sweep
+from ipvrm_core.trainer.evaluation.reward_model.localisation import F1, Sweep
 from ipvrm_core.trainer.text.steps import Format, chat_text
 
 COEFFICIENT = 0.001

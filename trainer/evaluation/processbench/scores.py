@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.data.processbench import Problem
-from ipvrm_core.trainer.evaluation import official
 from ipvrm_core.trainer.evaluation.lengths import Status, TooLong, length_status
-from ipvrm_core.trainer.evaluation.processbench_files import Parts
-from ipvrm_core.trainer.evaluation.step_scores import step_sums
+from ipvrm_core.trainer.evaluation.processbench import official
+from ipvrm_core.trainer.evaluation.processbench.files import Parts
+from ipvrm_core.trainer.evaluation.reward_model.step_scores import step_sums
 from ipvrm_core.trainer.evaluation.token_scores import Scorer, scored_batches
 from ipvrm_core.trainer.progress import Progress
 from ipvrm_core.trainer.text.steps import Format, Rendered, render

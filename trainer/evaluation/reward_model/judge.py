@@ -1,10 +1,10 @@
 """How good a reward model of a run is: steps located, candidates credited, answers chosen."""
 
 from ipvrm_core.objectives import Objective
-from ipvrm_core.trainer.evaluation.candidate_credit import candidate_credit
-from ipvrm_core.trainer.evaluation.localisation import best_f1, f1_at
-from ipvrm_core.trainer.evaluation.own_answers import OwnAnswers, as_traces, best_of_n
-from ipvrm_core.trainer.evaluation.step_scores import PROTOCOLS, score_traces
+from ipvrm_core.trainer.evaluation.reward_model.candidate_credit import candidate_credit
+from ipvrm_core.trainer.evaluation.reward_model.localisation import best_f1, f1_at
+from ipvrm_core.trainer.evaluation.reward_model.own_answers import OwnAnswers, as_traces, best_of_n
+from ipvrm_core.trainer.evaluation.reward_model.step_scores import PROTOCOLS, score_traces
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.language_model import LanguageModel
 

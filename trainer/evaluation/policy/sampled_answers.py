@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from ipvrm_core.trainer.data.example import Example
-from ipvrm_core.trainer.evaluation.accuracy import Judged, accuracy, average
+from ipvrm_core.trainer.evaluation.policy.accuracy import Judged, accuracy, average
 from ipvrm_core.trainer.files import locked, write_json
 from ipvrm_core.trainer.metrics import peak_memory_mb
 from ipvrm_core.trainer.progress import progress

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ipvrm_core.trainer.evaluation.localisation import Sweep
+from ipvrm_core.trainer.evaluation.reward_model.localisation import Sweep
 
 DRAWS = 100
 RANDOM = ("random scores", "random walk")

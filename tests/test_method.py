@@ -1,18 +1,19 @@
-"""The two presets, row by row as the table of presets has them."""
+"""The two settings of the method, row by row as the table of presets has them, and the batches that go with them."""
 
 import inspect
 from dataclasses import fields
+from typing import get_args, get_type_hints
 
 import pytest
 
 from ipvrm_core.method import METHODS, Method
 from ipvrm_core.reference.candidates import candidate_slots, select_candidates_from_logits
+from ipvrm_core.trainer.config import Batch, Rl
+from ipvrm_core.trainer.config.policy import BATCHES
 from ipvrm_core.types import PolicyLossConfig
 
 TABLE = {
     # setting: (paper, official)
-    "beta": (10.0, 10.0),
-    "offline_margin": (5.0, 0.0),
     "online_margin": (5.0, 5.0),
     "dlw_scale": ("raw", "group"),
     "online_reference": ("old", "old"),
@@ -39,11 +40,14 @@ TABLE = {
     "candidate_clip_high": (0.28, 0.20),
     "candidate_dual_clip": (None, 3.0),
     "aggregation": ("sequence_mean", "token_mean"),
-    "rollouts": (4, 16),
+}
+BATCH_TABLE = {
     "prompts": (512, 1024),
     "keep_prompts": (256, 512),
+    "rollouts": (4, 16),
     "too_few_mixed": ("sample_on", "fill"),
     "accuracy_range": ((0.0, 1.0), (0.0, 1.0)),  # every mixed prompt
+    "max_rounds": (4, 4),  # ours
 }
 
 
@@ -56,6 +60,24 @@ def test_the_table_holds_every_setting_and_there_are_two_presets():
     assert {field.name for field in fields(Method)} == set(TABLE)
     assert list(METHODS) == ["paper", "official"]
     assert METHODS["paper"] == Method()
+
+
+@pytest.mark.parametrize("setting", BATCH_TABLE)
+def test_setting_of_a_batch(setting):
+    found = [getattr(Rl(preset=preset).batch, setting) for preset in ("paper", "official")]
+    assert tuple(found) == BATCH_TABLE[setting]
+
+
+def test_the_batches_have_every_setting_and_no_other():
+    assert set(Batch.model_fields) == set(BATCH_TABLE)
+    assert list(BATCHES) == list(METHODS)
+    Batch.model_validate(BATCHES["paper"] | BATCHES["official"])
+
+
+def test_every_setting_has_a_meaning():
+    hints = get_type_hints(Method, include_extras=True)
+    assert set(hints) == set(TABLE)
+    assert [name for name, hint in hints.items() if not isinstance(get_args(hint)[1], str)] == []
 
 
 def test_loss_config():

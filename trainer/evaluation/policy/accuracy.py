@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.sources import by_group
-from ipvrm_core.trainer.evaluation.best_of_n import pass_at
+from ipvrm_core.trainer.evaluation.policy.best_of_n import pass_at
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.sampling.base import Drawing, Sample

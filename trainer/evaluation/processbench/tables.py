@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 
-from ipvrm_core.trainer.evaluation.nulls import DRAWS, NULLS, RANDOM, same_for
+from ipvrm_core.trainer.evaluation.processbench.nulls import DRAWS, NULLS, RANDOM, same_for
 
 
 def markdown(result: dict, variants: Sequence[str] = ("process", "prefix")) -> str:

@@ -13,8 +13,8 @@ from ipvrm_core.packing import cu_seqlens_from_lengths
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.tasks import LabelledTrace
-from ipvrm_core.trainer.evaluation.equal_answers import math_equality, merge_equal
-from ipvrm_core.trainer.evaluation.stored_answers import Stored, evaluate
+from ipvrm_core.trainer.evaluation.policy.equal_answers import math_equality, merge_equal
+from ipvrm_core.trainer.evaluation.policy.stored_answers import Stored, evaluate
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.reward import answer_scores, needs_reference, scores

@@ -7,8 +7,8 @@ import numpy as np
 
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.evaluation.lengths import Status, TooLong, length_status
-from ipvrm_core.trainer.evaluation.step_scores import step_sums
-from ipvrm_core.trainer.evaluation.stored_answers import Stored
+from ipvrm_core.trainer.evaluation.policy.stored_answers import Stored
+from ipvrm_core.trainer.evaluation.reward_model.step_scores import step_sums
 from ipvrm_core.trainer.evaluation.token_scores import Scorer, token_scores
 from ipvrm_core.trainer.text.steps import Format, Rendered, render
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from ipvrm_core.trainer.evaluation.localisation import Sweep
+from ipvrm_core.trainer.evaluation.reward_model.localisation import Sweep
 
 
 def resample_counts(erroneous_R: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:

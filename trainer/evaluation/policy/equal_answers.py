@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from fractions import Fraction
 
-from ipvrm_core.trainer.evaluation.stored_answers import Stored
+from ipvrm_core.trainer.evaluation.policy.stored_answers import Stored
 from ipvrm_core.trainer.verify import Verifier
 
 EQUAL = "ipvrm_core.trainer.verify.math:equal"

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ipvrm_core.trainer.data.files import as_text, cell, read_rows
-from ipvrm_core.trainer.evaluation.best_of_n import best_of, majority, pass_at, weighted_vote
+from ipvrm_core.trainer.evaluation.policy.best_of_n import best_of, majority, pass_at, weighted_vote
 from ipvrm_core.trainer.verify.exact import normalise
 
 OF_STEPS = {"min": min, "last": lambda steps: steps[-1], "mean": np.mean, "sum": sum}

@@ -6,11 +6,11 @@ from functools import cache
 
 import numpy as np
 
-from ipvrm_core.trainer.evaluation import official
-from ipvrm_core.trainer.evaluation.bootstrap import bootstrap_f1, interval, rule_f1, stacked
-from ipvrm_core.trainer.evaluation.localisation import F1, Sweep, harmonic
-from ipvrm_core.trainer.evaluation.nulls import NULLS, Steps, null_draws, same_for
-from ipvrm_core.trainer.evaluation.step_scores import VARIANTS, variants
+from ipvrm_core.trainer.evaluation.processbench import official
+from ipvrm_core.trainer.evaluation.processbench.bootstrap import bootstrap_f1, interval, rule_f1, stacked
+from ipvrm_core.trainer.evaluation.processbench.nulls import NULLS, Steps, null_draws, same_for
+from ipvrm_core.trainer.evaluation.reward_model.localisation import F1, Sweep, harmonic
+from ipvrm_core.trainer.evaluation.reward_model.step_scores import VARIANTS, variants
 
 
 def evaluate(rows: Sequence[dict], tune_on: str = "gsm8k", resamples: int = 1000, seed: int = 0) -> dict:
