@@ -38,14 +38,6 @@ def section(text: str, anchor: str) -> str:
     return "\n".join(takewhile(lambda line: not end.match(line), lines[start + 1 :]))
 
 
-@pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/glossary.md", "docs/how-it-works.md", "docs/method.md"])
-def test_files_that_are_named_exist(page):
-    """From the root of the repository, or from ipvrm_core/."""
-    found = set(re.findall(r"`([\w/]+\.py)`", (ROOT / page).read_text()))
-    assert found
-    assert [name for name in found if not (ROOT / name).exists() and not (ROOT / "ipvrm_core" / name).exists()] == []
-
-
 @pytest.mark.parametrize("page", names(PAGES))
 def test_links_lead_somewhere(page):
     text = (ROOT / page).read_text()
