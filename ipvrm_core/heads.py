@@ -109,7 +109,8 @@ def _forward(self: nn.Module, *args, at_head: AtHead | None = None, **kwargs):
 def at_forward(model: nn.Module, function: AtHead) -> Iterator[list]:
     """Inside, each forward of the model also appends function(hidden_BLD, head) to the list that is yielded."""
     base = causal_lm(attach(model))
-    outer, results = base._at_forward, []
+    outer = base._at_forward
+    results: list[Any] = []
     base._at_forward = function, results
     try:
         yield results

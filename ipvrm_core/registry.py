@@ -3,19 +3,27 @@
 from importlib import import_module
 from pkgutil import iter_modules
 from types import ModuleType
+from typing import ClassVar, Generic, Protocol, TypeVar
 
 
-class Registry:
+class Named(Protocol):
+    name: ClassVar[str]
+
+
+T = TypeVar("T", bound=Named)
+
+
+class Registry(Generic[T]):
     """A module of `package` defines one class that derives from `base` and sets `name`; nothing else has to change."""
 
-    def __init__(self, kind: str, package: str, base: type):
+    def __init__(self, kind: str, package: str, base: type[T]):
         self.kind, self.package, self.base = kind, package, base
 
     def names(self) -> list[str]:
         """All names of the folder, sorted."""
         return sorted(self._classes())
 
-    def find(self, name: str) -> type:
+    def find(self, name: str) -> type[T]:
         """The class called `name`, or `package.module:Class`, which is imported. ValueError lists the known ones."""
         if ":" in name:
             return self._elsewhere(name)
@@ -25,8 +33,8 @@ class Registry:
             raise ValueError(f"{self.kind} must be one of {known}, or package.module:Class; got {name!r}")
         return classes[name]
 
-    def _classes(self) -> dict[str, type]:
-        found: dict[str, type] = {}
+    def _classes(self) -> dict[str, type[T]]:
+        found: dict[str, type[T]] = {}
         for info in iter_modules(import_module(self.package).__path__):
             for cls in self._of(import_module(f"{self.package}.{info.name}")):
                 if cls.name in found:
@@ -34,11 +42,11 @@ class Registry:
                 found[cls.name] = cls
         return found
 
-    def _of(self, module: ModuleType) -> list[type]:
+    def _of(self, module: ModuleType) -> list[type[T]]:
         classes = [value for value in vars(module).values() if isinstance(value, type) and issubclass(value, self.base)]
         return [cls for cls in classes if cls.__module__ == module.__name__ and cls is not self.base]
 
-    def _elsewhere(self, name: str) -> type:
+    def _elsewhere(self, name: str) -> type[T]:
         path, _, attribute = name.partition(":")
         try:
             cls = getattr(import_module(path), attribute)

@@ -31,13 +31,16 @@ class TokenRewards:
     process_group: object = None
 
 
+# "required": cannot do without; "optional": none without; "own": without a reward model the policy's own log-ratio to
+# its start stands for them.
+Need = Literal["required", "optional", "own"]
+
+
 class Estimator:
     """A_t = outcome + process_coef * process_t. Subclasses set `name`, define `process`, and override what differs."""
 
     name: ClassVar[str]
-    # "required": cannot do without; "optional": none without; "own": without a reward model the policy's own log-ratio
-    # to its start stands for them.
-    token_rewards: ClassVar[Literal["required", "optional", "own"]] = "required"
+    token_rewards: ClassVar[Need] = "required"
     reads: ClassVar[tuple[str, ...]] = ()  # of gamma and lam; the others must stay at 1
     outcomes: ClassVar[tuple[str, ...]] = ("grpo", "rloo", "reinforce")  # that it goes with
 

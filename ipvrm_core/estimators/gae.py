@@ -1,6 +1,8 @@
 """Generalised advantage estimation over normalised TD errors: the estimator of both presets."""
 
-from ipvrm_core.estimators.base import Estimator
+from typing import ClassVar
+
+from ipvrm_core.estimators.base import Estimator, Need
 from ipvrm_core.sequences.advantages import process_advantages
 
 
@@ -8,8 +10,8 @@ class Gae(Estimator):
     """process_t = sum_{i >= t} (gamma lambda)^(i - t) delta_hat_i, delta_hat normalised (paper eq. 8)."""
 
     name = "gae"
-    token_rewards = "optional"
-    reads = ("gamma", "lam")
+    token_rewards: ClassVar[Need] = "optional"
+    reads: ClassVar[tuple[str, ...]] = ("gamma", "lam")
 
     def process(self, tokens, method):
         return process_advantages(

@@ -8,6 +8,7 @@ Shape letters: N rows, n rows of one chunk, D hidden size, V vocabulary, K candi
 
 import math
 from dataclasses import astuple, fields
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,8 @@ def pack_config(config: PolicyLossConfig) -> list[float]:
 
 def _unpack(batch: list[Tensor], config: list[float]) -> tuple[PolicyBatch, PolicyLossConfig]:
     values = [None if value.dim() == 0 else value for value in batch]
-    return PolicyBatch(*values), PolicyLossConfig(*(None if value == math.inf else value for value in config))
+    settings: list[Any] = [None if value == math.inf else value for value in config]
+    return PolicyBatch(*values), PolicyLossConfig(*settings)
 
 
 def _sweep(
@@ -85,8 +87,8 @@ def _(hidden, weight, bias, batch, config, max_buffer_bytes, triton, need):
     return *_empty_values(hidden, weight, bias), *empty_gradients(hidden, weight, bias, need)
 
 
-def _empty_values(*head: Tensor | None) -> tuple[Tensor, Tensor]:
-    return tuple(head[0].new_empty(shape, dtype=wide_dtype(*head)) for shape in ((), (len(METRICS),)))
+def _empty_values(hidden: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]:
+    return tuple(hidden.new_empty(shape, dtype=wide_dtype(hidden, *rest)) for shape in ((), (len(METRICS),)))
 
 
 def _setup_context(ctx, inputs, output) -> None:

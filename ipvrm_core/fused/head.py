@@ -119,12 +119,16 @@ class HeadGradients:
         new, wide = head.hidden.new_empty, head.wide
         need_hidden, need_weight, need_bias = need
         self.hidden = (new(head.hidden.shape) if into is None else into) if need_hidden else None
-        self.weight = head.weight.new_zeros(head.weight.shape, dtype=wide) if need_weight else None
+        self.weight = None
+        if need_weight:
+            assert head.weight is not None
+            self.weight = head.weight.new_zeros(head.weight.shape, dtype=wide)
         self.bias = new(head.V, dtype=wide).zero_() if need_bias else None
 
     def target(self, rows: slice, x_nV: Tensor) -> Tensor:
         """Where a kernel should write dx of these rows: the result itself, or the memory of x in the product's type."""
         if self.head.weight is None:  # kernels want rows of stride 1; where the result has others, x is a private copy
+            assert self.hidden is not None
             return self.hidden[rows] if self.hidden.stride(1) == 1 else x_nV
         return x_nV.view(torch.bfloat16)[:, : self.head.V] if self.head.tensor_cores else x_nV
 
@@ -139,13 +143,13 @@ class HeadGradients:
             self.bias.add_(dx_nV.sum(0, dtype=head.wide))
         dx_nV = dx_nV.to(torch.bfloat16) if head.tensor_cores else dx_nV
         if self.hidden is not None:
-            self._add_hidden(rows, dx_nV)
+            self._add_hidden(self.hidden[rows], dx_nV)
         if self.weight is not None:
             kind = {"out_dtype": head.wide} if head.tensor_cores else {}
             torch.addmm(self.weight, dx_nV.t(), head.hidden_rows(rows), out=self.weight, **kind)
 
-    def _add_hidden(self, rows: slice, dx_nV: Tensor) -> None:
-        target_nD, n = self.hidden[rows], len(dx_nV)
+    def _add_hidden(self, target_nD: Tensor, dx_nV: Tensor) -> None:
+        n = len(dx_nV)
         if self.head.fixed and n < self.head.n:  # the buffer goes on below the last row; what stands there is not used
             dx_nV = dx_nV.as_strided((self.head.n, dx_nV.shape[1]), dx_nV.stride())
         direct = len(dx_nV) == n and target_nD.dtype == dx_nV.dtype
@@ -157,7 +161,9 @@ class HeadGradients:
     def result(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(dh, dW, db) in the dtypes of the given inputs; an empty tensor for each one that was not asked for."""
         pairs = ((self.hidden, hidden), (self.weight, weight), (self.bias, bias))
-        return tuple(hidden.new_empty(0) if grad is None else grad.to(like.dtype) for grad, like in pairs)
+        return tuple(
+            hidden.new_empty(0) if grad is None or like is None else grad.to(like.dtype) for grad, like in pairs
+        )
 
 
 def empty_gradients(

@@ -3,6 +3,8 @@
 Shape letters: n rows of a chunk, V vocabulary, K ids a row, k candidate slots of the search.
 """
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -12,8 +14,11 @@ from ipvrm_core.fused.softmax import RowSoftmax, logit_gradient_, row_softmax_
 from ipvrm_core.fused.transform import LogitTransform
 from ipvrm_core.types import PolicyBatch, PolicyLossConfig
 
+if TYPE_CHECKING:
+    from ipvrm_core.fused.triton_rows import TritonRows
 
-def row_work(triton: bool, *arguments) -> "TorchRows":
+
+def row_work(triton: bool, *arguments) -> "TorchRows | TritonRows":
     """TorchRows(...) or TritonRows(...), whose interface is the same."""
     if not triton:
         return TorchRows(*arguments)
@@ -38,8 +43,8 @@ class TorchRows:
         scratch_bytes = min(_SCRATCH_BYTES.get(hidden.device.type, 256 << 20), max_buffer_bytes // 4)
         bfloat16 = 2 * (hidden.is_cuda and hidden.dtype == torch.bfloat16 and weight is not None)
         slope = 0 if transform.softcap is None else 4
-        extra = {"extra_bytes_per_logit": bfloat16 + slope, "masked_N": masked_N}
-        self.head = Head(hidden, weight, bias, max_buffer_bytes - scratch_bytes, **extra)
+        budget, extra = max_buffer_bytes - scratch_bytes, bfloat16 + slope
+        self.head = Head(hidden, weight, bias, budget, extra_bytes_per_logit=extra, masked_N=masked_N)
         b = rows_per_chunk(self.head.n, self.head.V, self.head.wide.itemsize, scratch_bytes)
         self.scratch = hidden.new_empty(b, self.head.V, dtype=self.head.wide)
 

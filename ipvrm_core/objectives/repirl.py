@@ -29,7 +29,7 @@ class Repirl(Objective):
     beta: float = 1.0
     length: WeightLength = "mean"
     expert_share: ExpertShare = "batch"
-    head: Literal["vocabulary", "value"] = "vocabulary"
+    head: Literal["vocabulary", "value"] = "vocabulary"  # type: ignore[misc] # elsewhere a constant, here a setting
 
     def reweigh(self, score_N, policy_logprobs_N, cu_seqlens, labels_B, weights_B) -> Tensor:
         return repirl_weights(

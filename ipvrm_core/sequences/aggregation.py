@@ -25,7 +25,7 @@ class Normalizers(NamedTuple):
     tokens: Tensor | float  # unmasked tokens
     candidate_mass: Tensor | float  # sum of pi_old(v) over all candidates of unmasked tokens
 
-    def __add__(self, other: Self) -> Self:
+    def __add__(self, other: Self) -> Self:  # type: ignore[override] # a tuple's own would join the two
         return type(self)(*(one + more for one, more in zip(self, other, strict=True)))
 
     def across(self, process_group) -> Self:

@@ -4,12 +4,12 @@ Shape letters: B answers of this process, A answers of all processes, N packed r
 """
 
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-Groups = Tensor | Sequence[Hashable]  # one a sequence: integers [B], or uids of any kind
+Groups: TypeAlias = Tensor | Sequence[Hashable]  # one a sequence: integers [B], or uids of any kind
 
 
 def group_index(groups: Groups, count: int, device: torch.device) -> Tensor:
@@ -46,7 +46,7 @@ def gather(values: Tensor, groups: Groups, process_group) -> Gathered:
     uids = groups.tolist() if isinstance(groups, Tensor) else list(groups)
     if len(uids) != len(values):
         raise ValueError(f"groups must be one a sequence, {len(values)}; got {len(uids)}")
-    parts = [None] * distributed.get_world_size(process_group)
+    parts: list[Any] = [None] * distributed.get_world_size(process_group)
     distributed.all_gather_object(parts, (values.detach().cpu(), uids), group=process_group)
     rank = distributed.get_rank(process_group)
     start = sum(len(part[1]) for part in parts[:rank])

@@ -68,7 +68,8 @@ def _sum_context(ctx, inputs, output) -> None:
 
 
 def _sum_backward(ctx, grad_B):
-    return grad_B[sequence_ids(*ctx.saved_tensors, ctx.total)], None
+    (cu_seqlens,) = ctx.saved_tensors
+    return grad_B[sequence_ids(cu_seqlens, ctx.total)], None
 
 
 segment_sum.register_autograd(_sum_backward, setup_context=_sum_context)
