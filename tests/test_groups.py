@@ -1,6 +1,7 @@
 """Groups of any hashable uid, and statistics over the batches of several processes: as if all were one batch."""
 
 import socket
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ LENGTHS = [3, 1, 4, 2, 5, 2]
 UIDS = ["x", ("y", 2), "x", ("y", 2), "x", 7]  # one prompt on both processes, one of a single answer
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
 SPLIT = 2  # answers of the first process
+METHODS = {**ic.METHODS, "prime": replace(ic.METHODS["paper"], estimator="prime", outcome="rloo")}
 
 
 def test_uids_are_numbered_in_their_order():
@@ -56,7 +58,7 @@ def _rank(rank: int, port: int, expected: dict) -> None:
     assert torch.equal(found.values, REWARDS)
     assert found.groups.tolist() == [0, 1, 0, 1, 0, 2]
     for name, (whole, sigma) in expected.items():
-        credit, own_sigma = credit_of(rows, answers, ic.METHODS[name], group.WORLD)
+        credit, own_sigma = credit_of(rows, answers, METHODS[name], group.WORLD)
         torch.testing.assert_close(own_sigma, sigma)
         torch.testing.assert_close(credit.credit_NS, whole.credit_NS[rows], rtol=1e-5, atol=1e-5)
     totals = ic.Normalizers(torch.tensor(rank + 1.0), 2.0, torch.tensor(0.5)).across(group.WORLD)
@@ -66,7 +68,7 @@ def _rank(rank: int, port: int, expected: dict) -> None:
 
 def test_two_processes_give_what_one_gives():
     everything = slice(None), slice(None)
-    expected = {name: credit_of(*everything, method, None) for name, method in ic.METHODS.items()}
+    expected = {name: credit_of(*everything, method, None) for name, method in METHODS.items()}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,7 +1,7 @@
 """Kill any phase at any moment and go on: the same numbers as without the kill, through the real command line.
 
-Run A is not interrupted. Run B loses every phase to SIGKILL, some of them twice and one in the middle of writing a
-checkpoint; then it goes on with --resume. Both are made once and shared by the tests.
+Run A is not interrupted: one process makes all of it. Run B loses every phase to SIGKILL, some of them twice and one in
+the middle of writing a checkpoint; then another process goes on with --resume. Both are made once and shared.
 """
 
 import contextlib
@@ -9,18 +9,14 @@ import hashlib
 import io
 import json
 import os
-import shlex
-import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 from safetensors import safe_open
 
 from ipvrm_core.trainer.commands.main import main
+from tests import killable
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = """
@@ -46,51 +42,18 @@ optim = { lr = 1e-3 }
 [rl.dist]
 steps = 8
 minibatch = 16
-method = { prompts = 16, keep_prompts = 4, rollouts = 8, alpha = 1.0 }
+method = { alpha = 1.0 }
+batch = { prompts = 16, keep_prompts = 4, rollouts = 8 }
 optim = { lr = 1e-3, warmup = 2 }
 reward_model = { name = "prefix", update = "before", batch = 16, optim = { lr = 1e-3 } }
-"""
-
-# The command line in a process that kills itself at the n-th rename of a folder: the checkpoint (or model) is complete
-# on disk under its temporary name, but is not there yet. os.kill with SIGKILL leaves no time for any clean-up.
-KILLED_AT_RENAME = """
-import os, signal, sys
-rename, left = os.rename, [int(sys.argv.pop(1))]
-def killing(source, target):
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    rename(source, target)
-os.rename = killing
-from ipvrm_core.trainer.commands.main import main
-sys.exit(main(sys.argv[1:]))
-"""
-
-# The command line in a process that stops itself behind the n-th line of metrics: on a busy machine a test that looks
-# from outside comes too late.
-STOPPED_AT_LINE = """
-import os, signal, sys
-left = [int(sys.argv.pop(1))]
-from ipvrm_core.trainer.metrics import MetricsLog
-log = MetricsLog.log
-def stopping(self, step, **numbers):
-    log(self, step, **numbers)
-    left[0] -= 1
-    if left[0] == 0:
-        os.kill(os.getpid(), signal.SIGSTOP)
-MetricsLog.log = stopping
-from ipvrm_core.trainer.commands.main import main
-sys.exit(main(sys.argv[1:]))
 """
 
 
 pytestmark = pytest.mark.slow
 
-PHASES = ("sft", "rollout", "train-rm", "distrl", "eval")
-FOLDERS = {"sft": "sft", "rollout": "rollout", "train-rm": "rm/prefix", "distrl": "rl/dist", "eval": "eval"}
-RESULTS = {"sft": "model", "rollout": "summary.json", "train-rm": "model", "distrl": "model", "eval": "results.json"}
+PHASES = ("sft", "rollout", "train-rm", "rl", "eval")
 TRAINED = ("sft", "rm/prefix", "rl/dist")
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+LIMIT = 300  # seconds for one process
 
 
 def _digest(path: Path) -> str:
@@ -122,51 +85,28 @@ class Runs:
     def words(self, phase: str, run: Path, *more: str) -> list[str]:
         return [phase, str(self.config), *more, "--run", str(run)]
 
-    def start(
-        self, phase: str, *, resume: bool, program=("-m", "ipvrm_core.trainer.commands.main")
-    ) -> subprocess.Popen:
-        words = self.words(phase, self.b, *(["--resume"] if resume else []))
-        log = open(self.b.with_suffix(".txt"), "a")  # noqa: SIM115 - the process owns it
-        with log:
-            return subprocess.Popen(
-                [sys.executable, *program, *words], cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log
-            )
-
-    def kill_when(self, condition, phase: str) -> None:
-        """Start a phase and kill it at the first moment `condition` holds."""
-        folder = self.b / FOLDERS[phase]
-        for _ in range(5):  # on a busy machine the phase may be over before we look
-            process = self.start(phase, resume=False)
-            while not condition() and process.poll() is None:
-                time.sleep(0.002)
-            process.kill()
-            process.wait()
-            assert process.returncode in (0, -signal.SIGKILL), self.log()
-            if not (folder / RESULTS[phase]).exists():
-                return
-            shutil.rmtree(folder)
-        raise AssertionError(f"{phase} was always over before it could be killed")
-
-    def kill_at_line(self, phase: str, number: int, *, resume=False, paused=lambda: None) -> None:
-        """Kill a phase behind the `number`-th line of metrics that it writes; `paused` looks around before."""
-        process = self.start(phase, resume=resume, program=("-c", STOPPED_AT_LINE, str(number)))
+    @contextlib.contextmanager
+    def process(self, run: Path, lines: list[list[str]], *how):
+        """A process that says `lines` to the command line; see `killable.run`. It is gone afterwards."""
+        process = killable.FORKS.Process(target=killable.run, args=(lines, run.with_suffix(".txt"), *how))
+        process.start()
         try:
-            _, status = os.waitpid(process.pid, os.WUNTRACED)
-            assert os.WIFSTOPPED(status), self.log()
-            paused()
+            yield process
         finally:
             process.kill()
-            process.wait()
+            process.join()
 
-    def kill_at_rename(self, phase: str, number: int) -> None:
-        process = self.start(phase, resume=True, program=("-c", KILLED_AT_RENAME, str(number)))
-        assert process.wait() == -signal.SIGKILL, self.log()
+    def on(self, *phases: str, at=None, begins=True) -> None:
+        """Run B goes on with the phases, the last of which is killed at `at`; `begins`: it has not begun before."""
+        lines = [self.words(phase, self.b, "--resume") for phase in phases]
+        if at and begins:
+            lines[-1].remove("--resume")
+        with self.process(self.b, lines, at) as process:
+            process.join(LIMIT)
+            assert process.exitcode == (-signal.SIGKILL if at else 0), self.log(self.b)
 
-    def resume(self, phase: str) -> None:
-        assert self.start(phase, resume=True).wait() == 0, self.log()
-
-    def log(self) -> str:
-        return self.b.with_suffix(".txt").read_text()[-3000:]
+    def log(self, run: Path) -> str:
+        return run.with_suffix(".txt").read_text()[-3000:]
 
     def refusal(self, phase: str, *more: str) -> str:
         """What the command line says in this process when it refuses; asserts that nothing was touched."""
@@ -180,26 +120,15 @@ class Runs:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> Runs:
     made = Runs(tmp_path_factory.mktemp("runs"))
-    chain = [
-        shlex.join([sys.executable, "-m", "ipvrm_core.trainer.commands.main", *made.words(p, made.a)]) for p in PHASES
-    ]
-    log = made.a.with_suffix(".txt")
-    with open(log, "w") as output:
-        straight = subprocess.Popen(  # beside run B
-            ["sh", "-c", " && ".join(chain)],
-            cwd=ROOT,
-            env=ENVIRONMENT,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-        )
-    try:
-        _interrupted(made)
-        assert straight.wait(timeout=600) == 0, log.read_text()[-3000:]
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(straight.pid, signal.SIGKILL)
-        straight.wait()
+    with pytest.MonkeyPatch.context() as patch:  # of the process that all others are forked from
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONPATH", str(ROOT))
+        killable.FORKS.set_forkserver_preload(killable.PRELOAD)
+        whole = made.process(made.a, [made.words(phase, made.a) for phase in PHASES])
+        with whole as straight:  # beside run B
+            _interrupted(made)
+            straight.join(LIMIT)
+            assert straight.exitcode == 0, made.log(made.a)
     return made
 
 
@@ -207,36 +136,34 @@ def _interrupted(made: Runs) -> None:
     """Run B. Every assertion here makes sure that a kill came where it was meant to."""
     b, seen = made.b, made.seen
 
-    made.kill_when((b / "config.json").exists, "sft")  # very early: nothing but the configuration
-    assert _lines(b / "sft" / "metrics.jsonl") == 0
+    made.on("sft", at=("written", "config.json"))  # very early: nothing but the configuration
+    assert (b / "config.json").exists()
+    assert not (b / "sft").exists()
 
-    metrics = b / "sft" / "metrics.jsonl"
-
-    def others_are_refused():
+    metrics, reached = b / "sft" / "metrics.jsonl", killable.FORKS.Event()
+    with made.process(b, [made.words("sft", b, "--resume")], ("line", 3), reached) as alive:
+        assert reached.wait(LIMIT), made.log(b)
+        os.kill(alive.pid, signal.SIGSTOP)  # its other threads too
         seen["second process"] = made.refusal("sft", "--resume")
-
-    made.kill_at_line("sft", 3, resume=True, paused=others_are_refused)
     seen["started"] = made.refusal("sft")
+    assert _lines(metrics) == 3
     with open(metrics, "a") as file:
         file.write('{"step": 39, "nl')  # a line cut short, as a kill within write() would leave it
-    made.kill_at_rename("sft", 2)  # rename 1: a checkpoint, 2: the next one
+    made.on("sft", at=("rename", 2), begins=False)  # rename 1: a checkpoint, 2: the next one
     assert list((b / "sft").glob(".step-*.tmp/state.json"))
-    made.resume("sft")
 
-    made.kill_at_line("rollout", 4)
+    made.on("sft", "rollout", at=("line", 4))
     assert len(list((b / "rollout/shards").glob("*.json"))) == 3  # the line comes before its shard
-    made.resume("rollout")
 
-    made.kill_at_line("train-rm", 3)
-    made.resume("train-rm")
+    made.on("rollout", "train-rm", at=("line", 3))
 
-    made.kill_at_line("distrl", 5)
-    made.kill_at_rename("distrl", 2)  # the new checkpoint is there, the oldest one not gone yet
+    made.on("train-rm", "rl", at=("line", 5))
+    made.on("rl", at=("rename", 2), begins=False)  # the new checkpoint is there, the oldest one not gone yet
     assert len(list((b / "rl/dist").glob("step-*"))) == 3
-    made.resume("distrl")
 
-    made.kill_when((b / "eval/policy-start.json").exists, "eval")
-    made.resume("eval")
+    made.on("rl", "eval", at=("written", "policy-start.json"))
+    assert not (b / "eval/results.json").exists()
+    made.on("eval")
 
 
 @pytest.mark.parametrize("folder", TRAINED)

@@ -12,4 +12,5 @@ class Prime(Estimator):
 
     def advantages(self, tokens, method):
         rest = tokens.rewards_B, tokens.cu_seqlens, tokens.groups_B
-        return prime_advantages(tokens.reward_N, *rest, coef=method.process_coef)
+        how = {"coef": method.process_coef, "process_group": tokens.process_group}
+        return prime_advantages(tokens.reward_N, *rest, **how)

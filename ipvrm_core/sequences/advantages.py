@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ipvrm_core.packing import check_cu_seqlens, lengths_of, positions
 from ipvrm_core.sequences import segments
-from ipvrm_core.sequences.groups import Groups, all_reduced, gather, group_index
+from ipvrm_core.sequences.groups import Groups, all_reduced, gather, group_index, largest_across
 from ipvrm_core.sequences.segments import expand
 from ipvrm_core.sequences.torch_segments import moments_within
 
@@ -198,6 +198,7 @@ def prime_advantages(
     groups_B: Groups,
     *,
     coef: float = 1.0,
+    process_group=None,
 ) -> Tensor:
     """whiten(RLOO outcome + coef * suffix sum of the RLOO token rewards): [N] -> [N] (PRIME, 2502.01456).
 
@@ -205,23 +206,25 @@ def prime_advantages(
     answers; the outcome, at the last token, is a constant of the answer after the suffix sum. Groups of one: 0.
     """
     check_cu_seqlens(cu_seqlens, len(token_rewards_N))
-    groups_B = group_index(groups_B, len(cu_seqlens) - 1, token_rewards_N.device)
     total = len(token_rewards_N)
-    largest = segments.segment_reverse_scan(token_rewards_N, cu_seqlens).abs().amax() if total else 0.0
-    scaled_N = token_rewards_N / (largest + 1e-6)
+    suffix_N = segments.segment_reverse_scan(token_rewards_N, cu_seqlens)
+    scaled_N = token_rewards_N / (largest_across(suffix_N.abs(), process_group) + 1e-6)
     mean_B = segments.segment_sum(scaled_N, cu_seqlens) / lengths_of(cu_seqlens).clamp(min=1)
-    total_B, size_B = _group_sums(mean_B, groups_B)
+    means, groups, own = gather(mean_B, groups_B, process_group)
+    total_B, size_B = (x[own] for x in _group_sums(means, groups))
     several_B, others_B = size_B > 1, (size_B - 1).clamp(min=1)
     factor_B, baseline_B = torch.where(several_B, size_B / others_B, 0.0), torch.where(several_B, total_B / others_B, 0)
     process_N = scaled_N * expand(factor_B, cu_seqlens, total) - expand(baseline_B, cu_seqlens, total)
-    outcome_B = rloo_advantages(rewards_B, groups_B).to(scaled_N.dtype)
-    return whiten(expand(outcome_B, cu_seqlens, total) + coef * segments.segment_reverse_scan(process_N, cu_seqlens))
+    outcome_B = rloo_advantages(rewards_B, groups_B, process_group).to(scaled_N.dtype)
+    advantages_N = expand(outcome_B, cu_seqlens, total) + coef * segments.segment_reverse_scan(process_N, cu_seqlens)
+    return whiten(advantages_N, process_group=process_group)
 
 
 def masked_step_advantages(token_rewards_N: Tensor, cu_seqlens: Tensor, groups_B: Groups) -> Tensor:
     """R_t - mean of R_t over the group's sequences that reach t, R_t = sum_{u <= t} r_u: [N] -> [N].
 
-    The masked step advantage of SPRO (2507.01551, eq. 11 and 12), there with r = beta log pi_theta / pi_ref.
+    The masked step advantage of SPRO (2507.01551, eq. 11 and 12), there with r = beta log pi_theta / pi_ref. All answers
+    to a prompt must be here: there is no form over several processes.
     """
     check_cu_seqlens(cu_seqlens, len(token_rewards_N))
     groups_B = group_index(groups_B, len(cu_seqlens) - 1, token_rewards_N.device)

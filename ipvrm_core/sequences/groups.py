@@ -64,3 +64,15 @@ def all_reduced(tensor: Tensor, process_group) -> Tensor:
     total = tensor.clone()
     distributed.all_reduce(total, group=process_group)
     return total
+
+
+def largest_across(x_N: Tensor, process_group) -> Tensor:
+    """The largest of all elements of all processes, 0-d; 0 where there are none, which takes x >= 0."""
+    largest = x_N.amax() if x_N.numel() else x_N.new_zeros(())
+    if process_group is None:
+        return largest
+    from torch import distributed
+
+    largest = largest.clone()
+    distributed.all_reduce(largest, op=distributed.ReduceOp.MAX, group=process_group)
+    return largest
