@@ -223,8 +223,8 @@ def prime_advantages(
 def masked_step_advantages(token_rewards_N: Tensor, cu_seqlens: Tensor, groups_B: Groups) -> Tensor:
     """R_t - mean of R_t over the group's sequences that reach t, R_t = sum_{u <= t} r_u: [N] -> [N].
 
-    The masked step advantage of SPRO (2507.01551, eq. 11 and 12), there with r = beta log pi_theta / pi_ref. All answers
-    to a prompt must be here: there is no form over several processes.
+    The masked step advantage of SPRO (2507.01551, eq. 11 and 12), there with r = beta log pi_theta / pi_ref. It has no
+    form over several processes: all answers to a prompt must be here.
     """
     check_cu_seqlens(cu_seqlens, len(token_rewards_N))
     groups_B = group_index(groups_B, len(cu_seqlens) - 1, token_rewards_N.device)

@@ -22,7 +22,7 @@ from ipvrm_core.trainer.optim import apply_step, make_optimizer
 from ipvrm_core.trainer.phases import sft
 from ipvrm_core.trainer.phases.training import Training, phase_folder
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 OPTIM = Optim(lr=1e-3)
 BATCH = [Answer([2, 3], [4, 5, 1])]

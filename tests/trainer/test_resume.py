@@ -18,7 +18,7 @@ from safetensors import safe_open
 from ipvrm_core.trainer.commands.main import main
 from tests import killable
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CONFIG = """
 name = "tiny"
 device = "cpu"

@@ -19,7 +19,7 @@ from ipvrm_core.trainer.evaluation import token_scores
 from ipvrm_core.trainer.evaluation.processbench.files import read_scores
 from tests.tiny_models import ROWS, made_up, model, saved, value_model
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 SAID = {
     "log-ratio": "Scores: log-ratios of {model} to {reference}.",

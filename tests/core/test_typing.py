@@ -13,7 +13,7 @@ import pytest
 
 import ipvrm_core
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 # torch is read as Any, in seconds rather than a minute; a name that leads nowhere is Any as well
 CONFIG = "[mypy]\n[mypy-torch.*,triton.*,einops.*]\nfollow_imports = skip\nignore_missing_imports = True\n"
 

@@ -15,7 +15,7 @@ from ipvrm_core.trainer.data.sources import by_group, read_source
 from ipvrm_core.trainer.evaluation.policy.accuracy import Judged, accuracy, average
 from ipvrm_core.trainer.text.prompts import encode_prompt
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 ASKED = "\n\nPresent the answer in LaTex format: \\boxed{Your answer}"
 
 

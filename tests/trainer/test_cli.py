@@ -186,7 +186,7 @@ def test_a_signal_is_one_line(number, monkeypatch, capsys):
 
 def test_a_reader_that_goes_away_is_no_failure():
     """`ipvrm config | head -1`, with a head that is sure to be gone."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     code = "import sys; sys.stdin.read(); from ipvrm_core.trainer.commands.main import main; sys.exit(main(['config']))"
     process = subprocess.Popen(
         [sys.executable, "-c", code], cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE

@@ -20,7 +20,7 @@ from ipvrm_core.bench.gpu import SECTIONS, failures, main
 from ipvrm_core.bench.peers import peers
 from ipvrm_core.bench.targets import TARGETS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 COMPARED = ("loss", "logits", "rows", "vocabularies", "variants")  # sections
 

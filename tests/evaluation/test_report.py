@@ -22,7 +22,7 @@ from ipvrm_core.trainer.report.compare_plot import draw
 from ipvrm_core.trainer.report.page import duration, number, points
 from ipvrm_core.trainer.report.plots import smooth, window
 
-DEMO = Path(__file__).parents[1] / "trainer" / "configs" / "demo.toml"
+DEMO = Path(__file__).parents[2] / "trainer" / "configs" / "demo.toml"
 PROTOCOLS = ("train/process", "train/prefix", "terse/process", "terse/prefix")
 STEPS = 40
 BINS = {  # sigma is right on average in the first place, too sure in the last

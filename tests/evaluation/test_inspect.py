@@ -228,7 +228,7 @@ def test_errors_of_the_command(more, message, capsys):
 
 # ---- the page's own script, in node with as much of a browser as it uses
 
-BROWSER = Path(__file__).parent / "browser.js"
+BROWSER = Path(__file__).parents[1] / "browser.js"
 
 
 def shown_in_node(tmp_path, views, hash=""):

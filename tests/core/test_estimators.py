@@ -92,7 +92,7 @@ def test_an_estimator_reads_what_it_says(name, setting):
     assert same == (setting not in estimators.find(name).reads)
 
 
-# ---- the registry (tests/test_objectives.py has more of it)
+# ---- the registry (tests/core/test_objectives.py has more of it)
 
 
 class Elsewhere(Estimator):

@@ -12,7 +12,7 @@ from ipvrm_core.trainer.phases import rm_chats
 from ipvrm_core.trainer.phases.rm_chats import encode, fit
 from tests.chats import conversation, pair, row
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "rm_val"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "rm_val"
 
 
 # ---- reading

@@ -13,7 +13,7 @@ from ipvrm_core.trainer.config import Batch, Chats, ConfigError, check, load
 from ipvrm_core.trainer.config.policy import BATCHES
 from ipvrm_core.trainer.pipeline import jobs_of
 
-SHIPPED = sorted((Path(__file__).resolve().parents[1] / "trainer" / "configs").glob("*.toml"))
+SHIPPED = sorted((Path(__file__).resolve().parents[2] / "trainer" / "configs").glob("*.toml"))
 TASK = {"task": "chain", "task_args": {"min_ops": 1, "max_ops": 2}}
 LEAST = {"model": {"scratch": {}}, "data": TASK, "test": TASK}
 

@@ -17,7 +17,7 @@ from ipvrm_core.trainer.verify.exact import normalise
 from ipvrm_core.trainer.verify.pool import BrokenJudgeError
 from ipvrm_core.trainer.verify.worker import load_judge
 
-REAL = Path(__file__).resolve().parents[2] / "shared" / "data" / "verifier" / "qwen_math_cot_100.jsonl"
+REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "verifier" / "qwen_math_cot_100.jsonl"
 TIMEOUT_S = 1.5
 
 JUDGES = """

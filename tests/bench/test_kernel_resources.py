@@ -19,7 +19,7 @@ from ipvrm_core.bench.offline import TARGETS, compiling_for
 from ipvrm_core.bench.resources import compile_all, markdown, over_budget, programs_per_sm
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="the interpreter compiles nothing")
-KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+KERNELS = Path(__file__).resolve().parents[2] / "kernels"
 
 
 @triton.jit

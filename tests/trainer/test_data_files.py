@@ -11,7 +11,7 @@ from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.files import load_examples
 from ipvrm_core.trainer.data.overlap import overlap
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data"
 ROWS = [
     {"q": "1+1?", "a": "so #### 2 ", "n": {"gold": 2.0}, "chat": [{"role": "user", "content": "1+1?"}]},
     {"q": "1+2?", "a": "so #### 1,003", "n": {"gold": 14.5}, "chat": [{"role": "user", "content": "1+2?"}]},

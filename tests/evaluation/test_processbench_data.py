@@ -14,7 +14,7 @@ pytest.importorskip("pyarrow")
 from ipvrm_core.trainer.data.processbench import Layout, load_processbench, parse_columns, read_subsets
 from tests.tiny_models import ROWS, made_up
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "data" / "processbench"
+SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "processbench"
 
 
 def test_a_file_and_a_folder(tmp_path):
@@ -185,7 +185,7 @@ def prm800k(ratings, reason, steps=("a", "b")):
 )
 def test_the_conversions_of_the_guide(tmp_path, monkeypatch, source, rows, labels):
     """Its very code, on rows of the layout that the data sets' own pages describe."""
-    guide = (Path(__file__).resolve().parents[1] / "docs" / "evaluate-your-own-steps.md").read_text()
+    guide = (Path(__file__).resolve().parents[2] / "docs" / "evaluate-your-own-steps.md").read_text()
     (code,) = [block for block in re.findall(r"```python\n(.*?)```", guide, re.DOTALL) if source in block]
     monkeypatch.chdir(tmp_path)
     Path("converted").mkdir()
