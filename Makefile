@@ -1,16 +1,21 @@
-# make test   set up and run the tests          make demo   set up and run the demo to its report
-# make bench  CPU benchmark                     make lint   ruff            make clean
+# make test   set up and run everything         make demo   set up and run the demo to its report
+# make check  lint, types and the quick tests   make bench  CPU benchmark          make clean
 # make docs   the site, build/site/index.html; a broken link is an error
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# Two test files at a time, one thread each: a file's tests share what they set up.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: test demo bench lint docs clean
+.PHONY: test check demo bench lint types docs clean
 
-test: $(INSTALLED) lint docs
-	$(BIN)/python -m pytest -q
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -q tests/kernels tests/ops
+test: $(INSTALLED) lint types docs
+	$(PYTEST)
+	TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/ops
+
+check: $(INSTALLED) lint types
+	$(PYTEST) -m "not slow" tests/core tests/ops tests/trainer
 
 demo: $(INSTALLED)
 	$(BIN)/ipvrm run demo --run runs/demo --jobs 2 --resume
@@ -21,6 +26,9 @@ bench: $(INSTALLED)
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(INSTALLED)
+	$(BIN)/mypy ipvrm_core
 
 docs: $(INSTALLED)
 	$(BIN)/python docs/pages.py

@@ -29,7 +29,10 @@ setup(
     packages=[
         package
         for name, folder in FOLDERS.items()
-        for package in [name, *(f"{name}.{sub}" for sub in find_namespace_packages(folder, exclude=["results*"]))]
+        for package in [
+            name,
+            *(f"{name}.{sub}" for sub in find_namespace_packages(folder, exclude=["results*", "tried*"])),
+        ]
     ],
     long_description=without_local_links(Path("README.md").read_text(encoding="utf-8")) + NOTE,
     long_description_content_type="text/markdown",

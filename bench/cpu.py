@@ -8,45 +8,101 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
-from ipvrm_core.bench.cases import IMPLEMENTATIONS, Case, Shape, check_agreement, make_inputs, step
+import ipvrm_core
+from ipvrm_core.bench import naive
+from ipvrm_core.bench.cases import Setting, Shape
 from ipvrm_core.bench.machine import environment
 from ipvrm_core.bench.measure import interleaved, peak_extra_bytes
-from ipvrm_core.chunked.head import default_buffer_bytes
+from ipvrm_core.bench.problems import Problem, make_problem
+from ipvrm_core.fused.head import default_buffer_bytes
 
 SWEEP_MIB = (16, 32, 64, 128, 256, 512)
+IMPLEMENTATIONS = ("naive", "chunked")
+
+
+@dataclass(frozen=True)
+class Case:
+    """`function` is distrl_loss or linear_logprobs; a frozen head needs no gradient of the weight."""
+
+    function: str
+    frozen: bool
+    shape: Shape
+
+    @property
+    def name(self) -> str:
+        return f"{self.function}, {'frozen' if self.frozen else 'trained'} head"
+
+    def problem(self) -> Problem:
+        """float32 rows with the candidate statistics of a language model."""
+        return make_problem(Setting("random", self.shape, self.frozen), torch.device("cpu"), torch.float32)
+
+
+def cases(shape: Shape) -> list[Case]:
+    functions = ("distrl_loss", "linear_logprobs")
+    return [Case(function, frozen, shape) for function in functions for frozen in (True, False)]
+
+
+def step(case: Case, problem: Problem, implementation: str, **options) -> Callable[[], list[Tensor]]:
+    """A callable that runs forward and backward once and returns the gradients. `options` go to chunked."""
+    module, head, batch = ipvrm_core, (problem.hidden_ND, problem.weight_VD), problem.batch
+    if implementation == "naive":
+        module, options = naive, {}
+    else:
+        options = {"backend": implementation, **options}
+
+    def run() -> list[Tensor]:
+        if case.function == "distrl_loss":
+            loss = module.distrl_loss(*head, batch, **options)[0]
+        else:
+            loss = module.linear_logprobs(*head, batch.ids_NS, **options)[0].mean()
+        return list(torch.autograd.grad(loss, problem.wanted))
+
+    return run
+
+
+def check_agreement(case: Case, problem: Problem) -> None:
+    """No number without this: both implementations give the same gradients, to 1e-4 of the largest entry."""
+    for ours, theirs in zip(*(step(case, problem, name)() for name in ("chunked", "naive")), strict=True):
+        error = ((ours - theirs).abs().max() / theirs.abs().max()).item()
+        if not error < 1e-4:
+            raise AssertionError(f"{case.name}: gradients of chunked and naive differ by {error:.1e} of the largest")
 
 
 def prepare(case: Case, implementation: str, options: dict) -> Callable[[], object]:
     """For the memory process: one small run loads every library first, so that only the step itself is counted."""
-    step(case, make_inputs(Shape(8, 16, 512)), implementation, **options)()
-    return step(case, make_inputs(case.shape), implementation, **options)
+    small = Case(case.function, case.frozen, Shape(8, 16, 512))
+    step(small, small.problem(), implementation, **options)()
+    return step(case, case.problem(), implementation, **options)
 
 
 def measure_case(case: Case, rounds: int) -> dict:
     """Time and peak extra memory of every implementation, after they were seen to agree."""
-    inputs = make_inputs(case.shape)
-    check_agreement(case, inputs)
+    problem = case.problem()
+    check_agreement(case, problem)
     print(f"{case.name}: naive and chunked agree, measuring", file=sys.stderr, flush=True)
     load = os.getloadavg()[0]
     # The agreement was the warm-up.
-    times = interleaved({name: step(case, inputs, name) for name in IMPLEMENTATIONS}, rounds, warm_ups=0)
+    times = interleaved({name: step(case, problem, name) for name in IMPLEMENTATIONS}, rounds, warm_ups=0)
     rows = {
         name: {"seconds": times[name]._asdict(), "peak_extra_bytes": peak_extra_bytes(prepare, case, name, {})}
         for name in IMPLEMENTATIONS
     }
-    return {"case": case.name, "load_before": load, **rows}
+    return {"case": case.name, "load_before": load, "statistics": problem.statistics, **rows}
 
 
 def measure_sweep(shape: Shape, rounds: int) -> list[dict]:
     """distrl_loss, trained head, over the buffer budget."""
-    case, inputs = Case("distrl_loss", False, shape), make_inputs(shape)
+    case = Case("distrl_loss", False, shape)
     options = {mib: {"max_buffer_bytes": mib << 20} for mib in SWEEP_MIB}
-    times = interleaved({str(mib): step(case, inputs, "chunked", **options[mib]) for mib in SWEEP_MIB}, rounds)
+    budgeted = partial(step, case, case.problem(), "chunked")
+    times = interleaved({str(mib): budgeted(**options[mib]) for mib in SWEEP_MIB}, rounds)
     return [
         {
             "max_buffer_mib": mib,
@@ -95,15 +151,12 @@ def main() -> None:
         parser.add_argument(f"--{letter}", type=int, default=size)
     args = parser.parse_args()
     shape = Shape(args.N, args.D, args.V)
-    cases = [
-        Case(function, frozen, shape) for function in ("distrl_loss", "linear_logprobs") for frozen in (True, False)
-    ]
     report = {
         "environment": environment(),
         "shape": asdict(shape),
         "dtype": "float32",
         "default_buffer_bytes": default_buffer_bytes(torch.device("cpu")),
-        "cases": [measure_case(case, args.rounds) for case in cases],
+        "cases": [measure_case(case, args.rounds) for case in cases(shape)],
         "sweep": measure_sweep(shape, args.rounds) if args.sweep else [],
     }
     print(markdown(report))

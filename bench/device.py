@@ -1,4 +1,4 @@
-"""Time and memory on a GPU; on a CPU (toy runs) wall time and no memory.
+"""Time and memory on a GPU; on a CPU (toy runs) the wall time of one call, cold and hot alike, and no memory.
 
 Time: CUDA events around a call. Every call is measured twice in a row: `cold`, after a write over a buffer several
 times the L2 cache, and `hot`, right behind it. Nothing waits between the flush and the calls, so the host's launches
@@ -35,11 +35,10 @@ class Meter:
     def cold_and_hot(self, function: Function) -> tuple[float, float]:
         """Milliseconds of two calls, the first with a flushed L2."""
         if not self.cuda:
-            times = [time.perf_counter()]
-            for _ in range(2):
-                function()
-                times.append(time.perf_counter())
-            return (times[1] - times[0]) * 1e3, (times[2] - times[1]) * 1e3
+            begun = time.perf_counter()
+            function()
+            milliseconds = (time.perf_counter() - begun) * 1e3
+            return milliseconds, milliseconds
         start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
         self._flush.zero_()
         start.record()
@@ -65,16 +64,18 @@ class Meter:
 
     def release(self) -> None:
         """Give cached memory back, so that the next case starts from nothing."""
-        gc.collect()
         if self.cuda:
+            gc.collect()
             torch.cuda.empty_cache()
 
     def warm_up(self, function: Function) -> None:
-        """At least two calls on a GPU: the first compiles."""
+        """At least two calls on a GPU: the first compiles. None on a CPU, where nothing does."""
+        if not self.cuda:
+            return
         function()
         self.synchronize()
         start = time.perf_counter()
-        for _ in range(WARM_UPS if self.cuda else 0):
+        for _ in range(WARM_UPS):
             function()
             self.synchronize()
             if time.perf_counter() - start > WARM_UP_SECONDS:
@@ -87,19 +88,28 @@ def measure(meter: Meter, functions: dict[str, Function], seconds: float, rounds
     Each function gets an equal share of `seconds`; one that has used it up stops after LEAST_ROUNDS rounds.
     """
     rows: dict[str, dict] = {}
+    samples: dict[str, list[tuple[float, float]]] = {}
+
+    def failed(name: str, error: Exception) -> None:
+        """A peer that fails is a result, and is recorded as one."""
+        rows[name] = {"error": describe(error)}
+        samples.pop(name, None)
+        meter.release()
+
     for name, function in functions.items():
         try:
             meter.warm_up(function)
-            rows[name] = {"peak_extra_bytes": meter.peak_extra_bytes(function)}
-        except Exception as error:  # a peer that fails is a result, and is recorded as one
-            rows[name] = {"error": describe(error)}
-            meter.release()
-    samples = {name: [] for name, row in rows.items() if "error" not in row}
+            rows[name], samples[name] = {"peak_extra_bytes": meter.peak_extra_bytes(function)}, []
+        except Exception as error:
+            failed(name, error)
     share = seconds / max(1, len(samples)) * 1e3
     for turn in range(rounds):
-        for name, taken in samples.items():
+        for name, taken in list(samples.items()):
             if turn < min(LEAST_ROUNDS, rounds) or sum(map(sum, taken)) < share:
-                taken.append(meter.cold_and_hot(functions[name]))
+                try:
+                    taken.append(meter.cold_and_hot(functions[name]))
+                except Exception as error:
+                    failed(name, error)
     for name, taken in samples.items():
         cold, hot = zip(*taken, strict=True)
         rows[name] |= {"cold_ms": spread(cold), "hot_ms": spread(hot), "rounds": len(taken)}

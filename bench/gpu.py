@@ -21,10 +21,11 @@ import torch
 from ipvrm_core.bench import correctness, largest, memcheck, sections, tuning
 from ipvrm_core.bench.compare import OURS, ROOMY, Run
 from ipvrm_core.bench.device import ROUNDS, Meter, describe
+from ipvrm_core.bench.interpreter import patch_once
 from ipvrm_core.bench.machine import ClockLog, environment, package_version
 from ipvrm_core.bench.peers import peers
 from ipvrm_core.bench.report import markdown
-from ipvrm_core.ops.dispatch import why_no_triton
+from ipvrm_core.dispatch import why_no_triton
 
 SECTIONS: dict[str, tuple[Callable[[Run], Iterator[dict]], float]] = {  # and the share of the time
     "rates": (sections.rates, 0.02),
@@ -45,6 +46,8 @@ DISTRIBUTIONS = {"liger_kernel": "liger-kernel", "cut_cross_entropy": "cut-cross
 def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and args.backend == "triton":
+        patch_once()
     start = time.monotonic()
     run = Run(
         device,

@@ -60,13 +60,13 @@ def repeated(problem: Problem, N: int) -> Problem:
     """The rows over and over: N of them. Every row keeps its weight, so the loss grows with N."""
     index_N = torch.arange(N, device=problem.hidden_ND.device) % len(problem.hidden_ND)
     hidden_ND = problem.hidden_ND.detach()[index_N].requires_grad_()
-    return replace(problem, hidden_ND=hidden_ND, batch=problem.batch.rows(index_N), mask_N=problem.mask_N[index_N])
+    return replace(problem, hidden_ND=hidden_ND, batch=problem.batch.rows(index_N))
 
 
 def _input_bytes(problem: Problem) -> int:
-    """Of one row: hidden state, and the batch's vectors at 8 bytes an id and 4 a number."""
-    K = problem.batch.candidate_ids_NK.shape[1]
-    return problem.hidden_ND.shape[1] * problem.hidden_ND.element_size() + 8 * 2 + 4 * 4 + K * 16
+    """Of one row: hidden state, slots (an id at 8 bytes, two numbers at 4), two weights, and its index."""
+    slots = problem.batch.ids_NS.shape[1]
+    return problem.hidden_ND.shape[1] * problem.hidden_ND.element_size() + slots * (8 + 2 * 4) + 2 * 4 + 8
 
 
 def _once(run: Run, problem: Problem) -> object:

@@ -60,9 +60,16 @@ def gradient(target: str, x_NV: Tensor, narrowing: bool = False, **options) -> N
 
 
 def policy(
-    target: str, x_NV: Tensor, narrowing: bool = False, metrics_only: bool = False, ref=None, out_NV=None, **options
+    target: str,
+    x_NV: Tensor,
+    narrowing: bool = False,
+    metrics_only: bool = False,
+    on_policy: bool = False,
+    ref=None,
+    out_NV=None,
+    **options,
 ) -> None:
-    slots, weights = (ids(N, K), empty(N, K), empty(N, K)), (empty(N), empty(N))
+    slots, weights = (ids(N, K), None if on_policy else empty(N, K), empty(N, K)), (empty(N), empty(N))
     clips = {"clip": Clip(0.2, 0.28, 3.0), "candidate_clip": Clip(0.2, 0.28, 3.0)}
     if out_NV is None and not metrics_only:
         out_NV = _out(x_NV, narrowing)
@@ -105,7 +112,7 @@ def packed(name: str, function: Callable, *arguments) -> Shipped:
 
 HEAD = {"temperatures_N": empty(N), "softcap": 30.0}
 GRADS = {"grad_lse_N": empty(N), "grad_entropy_N": empty(N)}
-POLICY = {"ref": empty(N), "kl_coef": 0.1, "entropy_coef": 0.1}
+POLICY = {"ref": empty(N), "kl_coef": 0.1, "kl_ratio": True, "entropy_coef": 0.1}
 CU_SEQLENS = empty(B + 1, dtype=torch.int32)
 
 LAUNCHES = [
@@ -113,6 +120,10 @@ LAUNCHES = [
     *rows("gradient", gradient, {**HEAD, **GRADS}),
     Shipped("gradient, float32 to bfloat16", partial(gradient, x_NV=logits("float32"), narrowing=True)),
     *rows("policy loss", policy, {**HEAD, **POLICY}),
+    *(
+        Shipped(f"policy loss, on-policy, {dtype}", partial(policy, x_NV=logits(dtype), on_policy=True))
+        for dtype in DTYPES
+    ),
     Shipped("policy loss, float32 to bfloat16", partial(policy, x_NV=logits("float32"), narrowing=True)),
     Shipped("policy loss, metrics only, bfloat16", partial(policy, x_NV=logits("bfloat16"), metrics_only=True)),
     *rows("candidates", candidates, HEAD),

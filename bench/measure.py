@@ -8,6 +8,7 @@ less the resident memory at that moment. Resident pages are what a machine runs 
 would miss the buffers of BLAS. Each measurement has a process of its own: no allocator keeps pages of an earlier run.
 """
 
+import ctypes
 import gc
 import multiprocessing
 import statistics
@@ -74,6 +75,7 @@ def peak_extra_bytes(prepare: Callable[..., Callable[[], object]], *args) -> int
 def _measure_peak(sender, prepare: Callable[..., Callable[[], object]], args: tuple) -> None:
     run = prepare(*args)
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what making the inputs has left to malloc would be the run's, unseen
     CLEAR.write_text("5")  # resets VmHWM (man 5 proc)
     before = resident_bytes("VmRSS")
     result = run()

@@ -27,7 +27,8 @@ def clipped(log_ratio: Tensor, advantages: Tensor, low: float, high: float) -> T
 def sampled_loss(logp_N: Tensor, batch: PolicyBatch) -> Tensor:
     """L_tok at the default settings: the GRPO loss of the sampled tokens."""
     config = PolicyLossConfig()
-    loss_N = clipped(logp_N - batch.old_logprobs_N, batch.advantages_N, config.clip_low, config.clip_high)
+    old_N, advantages_N = batch.old_logprobs_NS[:, 0], batch.advantages_NS[:, 0]
+    loss_N = clipped(logp_N - old_N, advantages_N, config.clip_low, config.clip_high)
     return (batch.token_weights_N * loss_N).sum()
 
 
@@ -39,12 +40,10 @@ def distrl_loss(hidden_ND: Tensor, weight_VD: Tensor, batch: PolicyBatch) -> tup
 def distrl_loss_from_logits(logits_NV: Tensor, batch: PolicyBatch) -> tuple[Tensor]:
     """`distrl_loss` of given logits [N, V]."""
     config = PolicyLossConfig()
-    (logp_NK,) = logprobs_from_logits(logits_NV, batch.ids_NK)
-    candidates_NK = clipped(
-        logp_NK[:, 1:] - batch.candidate_old_logprobs_NK,
-        batch.candidate_advantages_NK,
-        config.candidate_clip_low,
-        config.candidate_clip_high,
+    (logp_NS,) = logprobs_from_logits(logits_NV, batch.ids_NS)
+    old_NK = batch.old_logprobs_NS[:, 1:]
+    loss_NK = clipped(
+        logp_NS[:, 1:] - old_NK, batch.advantages_NS[:, 1:], config.candidate_clip_low, config.candidate_clip_high
     )
-    mass_NK = batch.candidate_old_logprobs_NK.exp() * (batch.candidate_ids_NK >= 0) * batch.candidate_weights_N[:, None]
-    return (sampled_loss(logp_NK[:, 0], batch) + config.alpha * (mass_NK * candidates_NK).sum(),)
+    mass_NK = old_NK.exp() * (batch.ids_NS[:, 1:] >= 0) * batch.candidate_weights_N[:, None]
+    return (sampled_loss(logp_NS[:, 0], batch) + config.alpha * (mass_NK * loss_NK).sum(),)

@@ -6,18 +6,20 @@ deviation 3, and above them one lifted token in a share of the rows and four in 
 bisection. The logits stay below 40, as those of language models do, so that bfloat16 rounds them as it would theirs.
 What came out is in `Problem.statistics`.
 
-Shape letters: N rows, n rows of a chunk, D hidden size, V vocabulary, K candidate slots, B sequences of T tokens, M
-candidates of all rows together.
+Shape letters: N rows, n rows of a chunk, D hidden size, V vocabulary, K candidate slots, S = 1 + K slots, B sequences
+of T tokens, M candidates of all rows together.
 """
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 import ipvrm_core
-from ipvrm_core import PolicyBatch
+from ipvrm_core import Candidates, PolicyBatch
 from ipvrm_core.bench.cases import Setting
+from ipvrm_core.bench.inputs import random_batch
 
 P_MIN, MEAN_CANDIDATES, MEAN_MASS = 0.1, 1.33, 0.9611
 SLOTS = 10  # floor(1 / P_min)
@@ -29,21 +31,29 @@ NOISE = 0.2  # nats between old and current policy, so that some ratios are clip
 TOKENS = 1024  # of a sequence
 
 
+class Sampled(NamedTuple):
+    """The sampled tokens alone, contiguous: what losses take that know no candidates."""
+
+    ids_N: Tensor
+    mask_N: Tensor  # bool
+    advantages_N: Tensor
+    old_logprobs_N: Tensor
+
+
 @dataclass(frozen=True)
 class Problem:
     """One optimiser step's rows. `hidden_ND` requires a gradient, `weight_VD` unless the head is frozen.
 
-    At the logits level `logits_NV` takes the place of both. Advantages are equal within a sequence and the weights are
-    1 / unmasked tokens, so that losses which know only GRPO compute the same function.
+    At the logits level `logits_NV` takes the place of both. Advantages of sampled tokens are equal within a sequence
+    and the weights are 1 / unmasked tokens, so that losses which know only GRPO compute the same function.
     """
 
     setting: Setting
     hidden_ND: Tensor | None
     weight_VD: Tensor | None
     batch: PolicyBatch
-    mask_N: Tensor
-    candidate_rows_M: Tensor
-    candidate_slots_M: Tensor
+    sampled: Sampled
+    candidates_M: tuple[Tensor, Tensor]  # rows and slots
     statistics: dict
     logits_NV: Tensor | None = None
 
@@ -56,12 +66,12 @@ class Problem:
     @property
     def sequences(self) -> int:
         """B, with N = B T. One sequence where N is no multiple of T."""
-        N = len(self.mask_N)
+        N = len(self.sampled.mask_N)
         return N // TOKENS if N % TOKENS == 0 else 1
 
     def targets_N(self) -> Tensor:
         """The sampled ids, -100 at masked rows: what cross entropies take."""
-        return self.batch.sampled_ids_N.masked_fill(~self.mask_N, -100)
+        return self.sampled.ids_N.masked_fill(~self.sampled.mask_N, -100)
 
     def at_logits(self) -> "Problem":
         """The same rows given as logits, which require the gradient."""
@@ -82,28 +92,27 @@ def make_problem(setting: Setting, device: torch.device, dtype: torch.dtype = to
     hidden_ND, sampled_N = _hidden(setting, weight_VD, normal, rng)
     weight_VD.requires_grad_(not setting.frozen)
     mask_N = torch.rand(N, generator=rng, device=device) >= setting.masked
-    weights_N = mask_N / mask_N.sum().clamp(min=1)
     old = ipvrm_core.select_candidates(hidden_ND.detach(), weight_VD.detach(), sampled_N, P_MIN, backend="chunked")
-    ids_NK = _candidate_ids(setting, old.ids_NK, V, rng)
-    with torch.no_grad():
-        logprobs_NK = ipvrm_core.linear_logprobs(hidden_ND, weight_VD, ids_NK, backend="chunked").logprobs_NK
-    batch = PolicyBatch(
-        sampled_ids_N=sampled_N,
-        old_logprobs_N=old.sampled_logprobs_N + NOISE * normal(N),
-        advantages_N=normal(-(-N // TOKENS)).repeat_interleave(TOKENS)[:N].contiguous(),
-        token_weights_N=weights_N,
-        candidate_ids_NK=ids_NK,
-        candidate_old_logprobs_NK=torch.where(ids_NK >= 0, logprobs_NK + NOISE * normal(*ids_NK.shape), 0.0),
-        candidate_advantages_NK=normal(*ids_NK.shape),
-        candidate_weights_N=weights_N,
-    )
-    statistics = {
-        "candidates_of_the_rows": old.counts_N.float().mean().item(),
-        "mass_of_the_rows": (old.logprobs_NK.exp() * (old.ids_NK >= 0)).sum(-1).mean().item(),
-        "candidates_used": (ids_NK >= 0).sum(-1).float().mean().item() if ids_NK.numel() else 0.0,
+    ids_NS = _slots(setting, old.ids_NS, V, rng)
+    logp_NS = old.logprobs_NS
+    if ids_NS is not old.ids_NS:
+        with torch.no_grad():
+            logp_NS = ipvrm_core.linear_logprobs(hidden_ND, weight_VD, ids_NS, backend="chunked").logprobs_NK
+    batch = random_batch(ids_NS, logp_NS, rng, noise=NOISE, weights_N=mask_N / mask_N.sum().clamp(min=1))
+    batch.advantages_NS[:, 0] = normal(-(-N // TOKENS)).repeat_interleave(TOKENS)[:N]
+    sampled = Sampled(sampled_N, mask_N, *(x[:, 0].contiguous() for x in (batch.advantages_NS, batch.old_logprobs_NS)))
+    rows_M, columns_M = (ids_NS[:, 1:] >= 0).nonzero(as_tuple=True)
+    facts = {**_statistics(old), "candidates_used": len(rows_M) / N}
+    return Problem(setting, hidden_ND.requires_grad_(), weight_VD, batch, sampled, (rows_M, 1 + columns_M), facts)
+
+
+def _statistics(natural: Candidates) -> dict[str, float]:
+    """Of the rows' own candidates."""
+    mass_N = (natural.logprobs_NS.exp() * (natural.ids_NS >= 0))[:, 1:].sum(-1)
+    return {
+        "candidates_of_the_rows": natural.counts_N.float().mean().item(),
+        "mass_of_the_rows": mass_N.mean().item(),
     }
-    rows_M, slots_M = (ids_NK >= 0).nonzero(as_tuple=True)
-    return Problem(setting, hidden_ND.requires_grad_(), weight_VD, batch, mask_N, rows_M, slots_M, statistics)
 
 
 def _hidden(setting: Setting, weight_VD: Tensor, normal, rng: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -127,19 +136,19 @@ def _hidden(setting: Setting, weight_VD: Tensor, normal, rng: torch.Generator) -
     return hidden_ND, sampled_N
 
 
-def _candidate_ids(setting: Setting, natural_NK: Tensor, V: int, rng: torch.Generator) -> Tensor:
-    """[N, 0], the rows' own candidates (peaked, mean 1.33), or random ids: 10 of them, or 1 to 5 in COUNT_SHARES."""
-    N, device = natural_NK.shape[0], natural_NK.device
+def _slots(setting: Setting, natural_NS: Tensor, V: int, rng: torch.Generator) -> Tensor:
+    """[N, S]: no candidates, the rows' own (peaked, mean 1.33), or random ids: 10, or 1 to 5 in COUNT_SHARES."""
     if setting.loss == "ppo" or setting.candidates == "0":
-        return natural_NK[:, :0]
+        return natural_NS[:, :1].contiguous()
     if setting.candidates == "mean 1.33" and setting.peaked:
-        return natural_NK
+        return natural_NS
+    N, device = len(natural_NS), natural_NS.device
     ids_NK = torch.randint(V, (N, SLOTS), generator=rng, device=device)
-    if setting.candidates == "10":
-        return ids_NK
-    shares = torch.tensor(COUNT_SHARES, device=device).expand(N, -1)
-    counts_N1 = 1 + torch.multinomial(shares, 1, generator=rng)
-    return ids_NK.masked_fill(torch.arange(SLOTS, device=device) >= counts_N1, -1)
+    if setting.candidates != "10":
+        shares = torch.tensor(COUNT_SHARES, device=device).expand(N, -1)
+        counts_N1 = 1 + torch.multinomial(shares, 1, generator=rng)
+        ids_NK.masked_fill_(torch.arange(SLOTS, device=device) >= counts_N1, -1)
+    return torch.cat([natural_NS[:, :1], ids_NK], dim=1)
 
 
 def lifted(hidden_ND: Tensor, weight_VD: Tensor, ids_N4: Tensor, lifts_N4: Tensor) -> Tensor:
@@ -160,10 +169,12 @@ def calibrate(weight_VD: Tensor, rng: torch.Generator) -> tuple[float, float]:
     base_ND = STD * torch.randn(SAMPLE, D, generator=rng, device=weight_VD.device)
     ids_N4 = torch.randint(V, (SAMPLE, LIFTED), generator=rng, device=weight_VD.device)
     low, high, wanted = 0.0, 40.0, (MEAN_CANDIDATES - 1) / (1 - MEAN_MASS)
+    ends = (lifted(base_ND, weight_VD, ids_N4, base_ND.new_full(ids_N4.shape, lift)) for lift in (low, high))
+    z_NV, highest_NV = (torch.mm(h_ND.to(weight_VD.dtype), weight_VD.t()).float() for h_ND in ends)
+    step_NV = (highest_NV - z_NV) / high  # logits are linear in the lift
     for _ in range(16):
         lift = (low + high) / 2
-        hidden_ND = lifted(base_ND, weight_VD, ids_N4, torch.full_like(ids_N4, lift, dtype=torch.float32))
-        p_NV = torch.mm(hidden_ND.to(weight_VD.dtype), weight_VD.t()).float().softmax(-1)
+        p_NV = torch.add(z_NV, step_NV, alpha=lift).softmax(-1)
         mean, mass = (p_NV >= P_MIN).sum(-1).float().mean().item(), (p_NV * (p_NV >= P_MIN)).sum(-1).mean().item()
         low, high = (lift, high) if (mean - 1) / (1 - mass) < wanted else (low, lift)
     return lift, min(max(1 - (1 - MEAN_MASS) / (1 - mass), 0.0), 1.0)

@@ -16,7 +16,7 @@ from ipvrm_core.bench.truth import step as loss_step
 
 ROWS = (1024, 2048, 4096, 8192, 16384, 32768)  # the last two: N V > 2^31
 VOCABULARIES = (32768, 65536, 128256, 151936, 262144)
-TOY_ROWS, TOY_VOCABULARIES = (2, 4, 6), (64, 128, 140)
+TOY_ROWS, TOY_VOCABULARIES = (1, 3), (64, 140)
 SCALED = (OURS, EAGER, "TRL chunked log-prob", "Apple CCE")
 Rows = Iterator[dict]
 
@@ -73,19 +73,19 @@ def _passes(run: Run, problem: Problem) -> dict[str, Callable[[], object]]:
     hidden, weight, batch = problem.hidden_ND.detach(), problem.weight_VD.detach(), problem.batch
     sampled_alone = replace(problem, batch=_without_candidates(batch))
     logprobs, select = ipvrm_core.linear_logprobs, ipvrm_core.select_candidates
-    sampled_N1, ids_NK = batch.sampled_ids_N[:, None], batch.ids_NK
+    sampled_N, ids_NS = problem.sampled.ids_N, batch.ids_NS
     return {
-        "old policy, log-prob": lambda: logprobs(hidden, weight, sampled_N1, backend=run.backend),
-        "old policy, candidates": lambda: select(hidden, weight, batch.sampled_ids_N, backend=run.backend),
-        "reward model, candidates": lambda: logprobs(hidden, weight, ids_NK, backend=run.backend),
+        "old policy, log-prob": lambda: logprobs(hidden, weight, sampled_N[:, None], backend=run.backend),
+        "old policy, candidates": lambda: select(hidden, weight, sampled_N, backend=run.backend),
+        "reward model, candidates": lambda: logprobs(hidden, weight, ids_NS, backend=run.backend),
         "loss, GRPO": lambda: loss_step(ours(run, "ppo").loss(sampled_alone), sampled_alone),
         "loss, DistRL": lambda: loss_step(ours(run, "distrl").loss(problem), problem),
     }
 
 
 def _without_candidates(batch: ipvrm_core.PolicyBatch) -> ipvrm_core.PolicyBatch:
-    names = ("candidate_ids_NK", "candidate_old_logprobs_NK", "candidate_advantages_NK")
-    return replace(batch, **{name: getattr(batch, name)[:, :0].contiguous() for name in names})
+    names = ("ids_NS", "old_logprobs_NS", "advantages_NS")
+    return replace(batch, **{name: getattr(batch, name)[:, :1].contiguous() for name in names})
 
 
 def logits(run: Run) -> Rows:

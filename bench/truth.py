@@ -41,7 +41,7 @@ def truth(problem: Problem, kind: str) -> list[Tensor]:
 def _loss(part: Tensor, weight: Tensor | None, problem: Problem, rows: slice, kind: str) -> Tensor:
     batch = problem.batch.rows(rows)
     if kind == "nll":
-        ids = batch.sampled_ids_N[:, None]
+        ids = batch.ids_NS[:, :1]
         if weight is None:
             logp = ipvrm_core.logprobs_from_logits(part, ids, backend="reference").logprobs_NK
         else:

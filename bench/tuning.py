@@ -1,6 +1,6 @@
 """What to tune with: every row kernel over launch configurations, and the loss over its buffer budget.
 
-The table in kernels/launch.py and the default budget of chunked/head.py are chosen from register counts and arithmetic;
+The table in kernels/launch.py and the default budget of fused/head.py are chosen from register counts and arithmetic;
 this section is what a GPU says to them. The configuration in use stands first.
 """
 
@@ -25,13 +25,14 @@ LAUNCHES = tuple(
     Launch(*pair) for pair in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16), (8192, 32))
 )
 BUDGETS_MIB = (128, 256, 416, 768, 1536, 3072)
+TOY_BUDGETS_MIB = (128, 256)
 UNCLIPPED = Clip(1.0, inf, inf)  # a clipped row would not be read a second time
 K = 11
 
 
 def section(run: Run) -> Iterator[dict]:
     """ms and GB/s of the row kernels at [2048, 151936], then ms of the 8B loss over the budget."""
-    n, V = (4, 200) if run.toy else (2048, 151936)
+    n, V = (1, 200) if run.toy else (2048, 151936)
     launches = (Launch(64, 1), Launch(128, 1)) if run.toy else LAUNCHES
     for dtype in (torch.float32, torch.bfloat16):
         x_nV = torch.randn(n, V, device=run.device, dtype=dtype) * 3
@@ -84,5 +85,6 @@ def budgets(run: Run) -> Iterator[dict]:
             ipvrm_core.distrl_loss(problem.hidden_ND, problem.weight_VD, problem.batch, **options).loss, problem
         )
 
-    for mib, row in run.measure({mib: partial(loss, mib) for mib in BUDGETS_MIB}).items():
+    budgets_mib = TOY_BUDGETS_MIB if run.toy else BUDGETS_MIB
+    for mib, row in run.measure({mib: partial(loss, mib) for mib in budgets_mib}).items():
         yield {"case": "max_buffer_bytes, Qwen3-8B frozen", "provider": f"{mib} MiB", **row}

@@ -31,27 +31,33 @@ def positions(cu_seqlens: Tensor, total: int) -> Tensor:
 
 
 def pack(padded: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Right-padded [B, T, ...] and a prefix mask [B, T] -> (packed [N, ...], cu_seqlens [B+1]).
+    """[B, T, ...] and a mask [B, T] -> (packed [N, ...], cu_seqlens [B+1]).
 
-    Raises ValueError when a mask row has a hole: packing would silently move tokens to other positions.
+    The mask may have holes, as where a tool's output stands between a policy's own tokens: a sequence is then its
+    remaining tokens, one behind the other, and t counts those alone.
     """
     if mask.shape != padded.shape[:2]:
         raise ValueError(f"mask must be [B, T] = {tuple(padded.shape[:2])}; got shape {tuple(mask.shape)}")
     mask = mask.bool()
-    if (mask[:, 1:] & ~mask[:, :-1]).any():
-        row = (mask[:, 1:] & ~mask[:, :-1]).any(1).nonzero()[0].item()
-        raise ValueError(f"mask must be ones then zeros in every row; row {row} is {mask[row].int().tolist()}")
     return padded[mask], cu_seqlens_from_lengths(mask.sum(1))
 
 
-def unpack(packed: Tensor, cu_seqlens: Tensor, fill: float = 0.0) -> Tensor:
-    """Packed [N, ...] -> right-padded [B, T, ...], T the longest sequence, holes filled with `fill`."""
+def unpack(packed: Tensor, cu_seqlens: Tensor, fill: float = 0.0, *, mask: Tensor | None = None) -> Tensor:
+    """Packed [N, ...] -> [B, T, ...], the rest filled with `fill`: the inverse of `pack` with its mask [B, T].
+
+    Without a mask right-padded, T the longest sequence.
+    """
     check_cu_seqlens(cu_seqlens, len(packed))
     lengths_B = lengths_of(cu_seqlens)
-    T = int(lengths_B.max()) if len(lengths_B) else 0
-    padded = packed.new_full((len(lengths_B), T, *packed.shape[1:]), fill)
-    mask_BT = torch.arange(T, device=packed.device) < lengths_B[:, None]
-    return padded.masked_scatter(mask_BT.view(*mask_BT.shape, *[1] * (packed.dim() - 1)), packed)
+    if mask is None:
+        T = int(lengths_B.max()) if len(lengths_B) else 0
+        mask = torch.arange(T, device=packed.device) < lengths_B[:, None]
+    elif mask.dim() != 2 or len(mask) != len(lengths_B):
+        raise ValueError(f"mask must be [B, T] with B = {len(lengths_B)}; got shape {tuple(mask.shape)}")
+    elif mask.device.type == "cpu" and mask.sum(1).tolist() != lengths_B.tolist():
+        raise ValueError(f"mask must have the tokens of cu_seqlens; got {mask.sum(1).tolist()}, {lengths_B.tolist()}")
+    padded = packed.new_full((*mask.shape, *packed.shape[1:]), fill)
+    return padded.masked_scatter(mask.bool().view(*mask.shape, *[1] * (packed.dim() - 1)), packed)
 
 
 def check_cu_seqlens(cu_seqlens: Tensor, total: int) -> None:

@@ -1,14 +1,18 @@
 """Plain data that crosses the public interface.
 
-Shape letters: N response tokens of the packed batch (rows), V vocabulary, D hidden size, K candidate slots.
+Shape letters: N response tokens of the packed batch (rows), B sequences, V vocabulary, D hidden size, K candidates,
+S = 1 + K slots a row: slot 0 is the sampled token, the others are the candidates, padded with id -1.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
+
+from ipvrm_core.sequences.aggregation import Aggregation, Normalizers, branch_weights, candidate_mass, normalizers
 
 # log pi - log pi_old and log pi_ref - log pi are bounded from above before the exponential: beyond, a term stays as it
 # is there and has no gradient. e^40 = 2e17, whose square, which a gradient's norm takes, is finite in float32.
@@ -24,79 +28,139 @@ class LogProbs(NamedTuple):
 
 
 class Candidates(NamedTuple):
-    """The set C_t = {v : pi_old(v | s_t) >= P_min} of every row, ids ascending, padded with id -1 and log-prob 0."""
+    """The sampled token and C_t = {v : pi_old(v | s_t) >= P_min} of every row, in slots.
 
-    ids_NK: Tensor  # int64
-    logprobs_NK: Tensor  # float32, of the full vocabulary, not renormalised over C_t
+    Slot 0 is the sampled token; then C_t, ids ascending (the sampled token again where it is a member), then padding.
+    """
+
+    ids_NS: Tensor  # int64, -1 at padding
+    logprobs_NS: Tensor  # log pi_old of the full vocabulary, not renormalised over C_t; 0 at padding
     counts_N: Tensor  # int64, |C_t|
-    sampled_logprobs_N: Tensor
-    entropy_N: Tensor
+    entropy_N: Tensor  # of pi_old, nats
 
+    @property
+    def sampled_logprobs_N(self) -> Tensor:
+        """log pi_old(y_t | s_t)."""
+        return self.logprobs_NS[:, 0]
 
-class Normalizers(NamedTuple):
-    """What the loss of one optimiser step divides by, counted over the GLOBAL batch (all micro-batches and ranks)."""
+    @classmethod
+    def from_ragged(
+        cls, sampled_ids_N: Tensor, sampled_logprobs_N: Tensor, ids_M: Tensor, logprobs_M: Tensor, offsets: Tensor
+    ) -> Self:
+        """From the candidates of all rows behind one another: row n owns offsets[n] : offsets[n + 1] of ids, log-probs.
 
-    sequences: float  # sequences with at least one unmasked token
-    tokens: float  # unmasked tokens
-    candidate_mass: float  # sum of pi_old(v) over all candidates of unmasked tokens
+        ids of any integer type, offsets [N+1]. The entropy is unknown: NaN. For transports that carry no padding.
+        """
+        _check_offsets(offsets, len(sampled_ids_N), len(ids_M))
+        counts_N = offsets.diff().to(torch.int64)
+        K = int(counts_N.max()) if len(counts_N) else 0
+        used_NK = torch.arange(K, device=ids_M.device) < counts_N[:, None]
+        ids_NK = torch.full(used_NK.shape, -1, device=ids_M.device).masked_scatter(used_NK, ids_M.to(torch.int64))
+        logprobs_NK = logprobs_M.new_zeros(used_NK.shape).masked_scatter(used_NK, logprobs_M)
+        return cls(
+            torch.cat([sampled_ids_N[:, None].to(torch.int64), ids_NK], dim=1),
+            torch.cat([sampled_logprobs_N[:, None].to(logprobs_NK.dtype), logprobs_NK], dim=1),
+            counts_N,
+            torch.full_like(sampled_logprobs_N, torch.nan),
+        )
 
 
 @dataclass(frozen=True)
 class PolicyBatch:
     """One row per response token. All normalisation is inside the two weight vectors, so that losses of pieces add up.
 
-    sampled_ids_N, candidate_ids_NK: int64; a candidate id < 0 is padding. K may be 0.
-    old_logprobs_N, candidate_old_logprobs_NK: log pi_old at the sampling temperature.
-    advantages_N: A_t of the sampled token. candidate_advantages_NK: A_TD(v) = delta_t(v) / sigma_V.
+    ids_NS: int64, the sampled id in slot 0, then candidates; a candidate id < 0 is padding.
+    old_logprobs_NS: log pi_old at the sampling temperature. None: the policy itself is the old one (on-policy): the
+        current log-probs, held constant.
+    advantages_NS: A_t of the sampled token, then A_TD(v) = delta_t(v) / sigma_V of the candidates.
     token_weights_N, candidate_weights_N: from `branch_weights`; 0 masks the row out of that branch. A row masked out of
-    both is not looked at: its hidden state or logits may hold NaN, and so may everything else of it but the ids.
+        both is not looked at: its hidden state or logits may hold NaN, and so may everything else of it but the ids.
     ref_logprobs_N: log pi_ref of the sampled token, only for the KL term.
     temperatures_N: one temperature a row, > 0, in place of PolicyLossConfig.temperature.
     """
 
-    sampled_ids_N: Tensor
-    old_logprobs_N: Tensor
-    advantages_N: Tensor
+    ids_NS: Tensor
+    old_logprobs_NS: Tensor | None
+    advantages_NS: Tensor
     token_weights_N: Tensor
-    candidate_ids_NK: Tensor
-    candidate_old_logprobs_NK: Tensor
-    candidate_advantages_NK: Tensor
     candidate_weights_N: Tensor
     ref_logprobs_N: Tensor | None = None
     temperatures_N: Tensor | None = None
 
     def __post_init__(self) -> None:
-        N = self.sampled_ids_N.shape[0]
-        K = self.candidate_ids_NK.shape[-1]
+        if self.ids_NS.dim() != 2 or not self.ids_NS.shape[1]:
+            raise ValueError(f"ids_NS must be [N, 1 + K], the sampled id first; got shape {tuple(self.ids_NS.shape)}")
+        if self.ids_NS.dtype != torch.int64:
+            raise ValueError(f"ids_NS must be int64; got {self.ids_NS.dtype}")
+        N, S = self.ids_NS.shape
         for field in fields(self):
             value = getattr(self, field.name)
-            if value is None and field.default is None:
+            if value is None and field.name in OPTIONAL:
                 continue
-            expected = (N, K) if field.name.endswith("_NK") else (N,)
+            expected, letters = ((N, S), "[N, S]") if field.name.endswith("_NS") else ((N,), "[N]")
             if tuple(value.shape) != expected:
-                letters = "[N, K]" if field.name.endswith("_NK") else "[N]"
                 raise ValueError(f"{field.name} must be {letters} = {expected}; got shape {tuple(value.shape)}")
-            if "_ids_" in field.name and value.dtype != torch.int64:
-                raise ValueError(f"{field.name} must be int64; got {value.dtype}")
 
-    @property
-    def ids_NK(self) -> Tensor:
-        """[N, 1+K]: the sampled id in slot 0, then the candidates."""
-        return torch.cat([self.sampled_ids_N[:, None], self.candidate_ids_NK], dim=1)
+    @classmethod
+    def of(
+        cls,
+        ids: Tensor,
+        old_logprobs: Tensor | None,
+        advantages: Tensor,
+        cu_seqlens: Tensor,
+        *,
+        aggregation: Aggregation = "sequence_mean",
+        mask_N: Tensor | None = None,
+        totals: Normalizers | None = None,
+        constant: float | None = None,
+        scale: float = 1.0,
+        ref_logprobs_N: Tensor | None = None,
+        temperatures_N: Tensor | None = None,
+    ) -> Self:
+        """A batch of whole sequences with the weights of `branch_weights`.
+
+        ids, old_logprobs, advantages: [N, S] slots, as `select_candidates` and `distrl_advantages` give them; or all
+        [N], the sampled tokens alone (GRPO). mask_N bool: tokens that count; None: all. totals: the `normalizers` of
+        the global batch where this is a part of one; None: of this batch. constant, scale: see `branch_weights`.
+        """
+        ids, old_logprobs, advantages = (
+            x[:, None] if x is not None and x.dim() == 1 else x for x in (ids, old_logprobs, advantages)
+        )
+        if mask_N is None:
+            mask_N = torch.ones_like(ids[:, 0], dtype=torch.bool)
+        if totals is None:
+            if old_logprobs is None and ids.shape[1] > 1 and aggregation == "token_mean":
+                raise ValueError("token_mean divides by the candidates' pi_old: it needs old_logprobs; got None")
+            mass_N = torch.zeros_like(advantages[:, 0]) if old_logprobs is None else candidate_mass(ids, old_logprobs)
+            totals = normalizers(cu_seqlens, mask_N, mass_N)
+        weights = branch_weights(cu_seqlens, mask_N, totals, aggregation, constant=constant, scale=scale)
+        return cls(ids, old_logprobs, advantages, *weights, ref_logprobs_N, temperatures_N)
 
     @property
     def masked_N(self) -> Tensor:
-        """[N] bool: rows of weight 0 in both branches."""
+        """[N] bool: rows of weight 0 in both branches, which nobody looks at."""
         return (self.token_weights_N == 0) & (self.candidate_weights_N == 0)
 
-    def rows(self, index) -> "PolicyBatch":
+    def rows(self, index) -> Self:
         """The rows selected by a slice or an index tensor; weights stay global, so pieces add up to the whole."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PolicyBatch(**{name: None if value is None else value[index] for name, value in values.items()})
+        return self._map(lambda value: value[index])
 
-    def to(self, device) -> "PolicyBatch":
+    def to(self, device) -> Self:
+        return self._map(lambda value: value.to(device))
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return PolicyBatch(**{name: None if value is None else value.to(device) for name, value in values.items()})
+        return type(self)(**{name: None if value is None else function(value) for name, value in values.items()})
+
+
+OPTIONAL = ("old_logprobs_NS", "ref_logprobs_N", "temperatures_N")  # of a PolicyBatch
+
+
+def _check_offsets(offsets: Tensor, rows: int, total: int) -> None:
+    if offsets.shape != (rows + 1,) or offsets.is_floating_point():
+        raise ValueError(f"offsets must be integers [N+1] = ({rows + 1},); got {offsets.dtype}, {tuple(offsets.shape)}")
+    if offsets.device.type == "cpu" and (offsets[0] != 0 or offsets[-1] != total or (offsets.diff() < 0).any()):
+        raise ValueError(f"offsets must rise from 0 to {total} ids; got {offsets.tolist()}")
 
 
 @dataclass(frozen=True)
@@ -107,6 +171,7 @@ class PolicyLossConfig:
     dual_clip: on negative advantages the loss of a token is capped at dual_clip * |A|; None switches it off.
     temperature divides the logits and must be the one the batch was sampled at.
     softcap: the logits are first bounded to softcap * tanh(logits / softcap), as in Gemma 2; None switches it off.
+    kl_ratio: the KL term is multiplied by rho_t(y_t), which corrects its gradient for samples of the old policy.
     """
 
     alpha: float = 0.1
@@ -120,6 +185,7 @@ class PolicyLossConfig:
     softcap: float | None = None
     kl_coef: float = 0.0
     entropy_coef: float = 0.0
+    kl_ratio: bool = False
 
     def __post_init__(self) -> None:
         # Comparisons that nan fails; and no inf, which does not survive a product with 0.
@@ -137,6 +203,8 @@ class PolicyLossConfig:
             raise ValueError(f"temperature must be > 0 and finite; got {self.temperature}")
         if self.softcap is not None and not 0 < self.softcap < math.inf:
             raise ValueError(f"softcap must be > 0 and finite, or None; got {self.softcap}")
+        if self.kl_ratio not in (True, False):
+            raise ValueError(f"kl_ratio must be True or False; got {self.kl_ratio}")
         if not math.isfinite(self.entropy_coef):
             raise ValueError(f"entropy_coef must be finite; got {self.entropy_coef}")
 
@@ -158,6 +226,6 @@ METRICS = (
     "candidate_clip_fraction",  # same over candidates, weighted by candidate_weights * pi_old
     "ratio",  # mean pi / pi_old of the sampled tokens
     "kl_old",  # k3 estimate of KL(pi_old || pi) from the sampled tokens: rho - 1 - log rho
-    "kl_ref",  # k3 estimate of KL(pi || pi_ref); 0 when there is no reference
+    "kl_ref",  # k3 estimate of KL(pi || pi_ref), times the ratio under kl_ratio; 0 when there is no reference
     "entropy",  # mean entropy of pi, nats
 )

@@ -65,6 +65,8 @@ def policy_rows_kernel(
     REFERENCE: tl.constexpr,
     GRADIENT: tl.constexpr,
     ENTROPY: tl.constexpr,
+    ON_POLICY: tl.constexpr,
+    KL_RATIO: tl.constexpr,
     IN_PLACE: tl.constexpr,
     NARROWING: tl.constexpr,
 ):
@@ -84,11 +86,11 @@ def policy_rows_kernel(
     sampled = o_k == 0
     slot_weight = tl.where(sampled, weight, candidate_weight)
     valid = (sampled | (ids >= 0)) & (slot_weight != 0)
-    old = tl.load(p_old + i_n * K + o_k, mask=valid & (o_k < K), other=0.0)
     advantage = tl.load(p_advantages + i_n * K + o_k, mask=valid & (o_k < K), other=0.0)
     logp = (load_logits(p_row, tl.where(ids >= 0, ids, V), V, cap, CAPPED) - shift) * inv_temperature - log_sum
     # An id beyond V is an error that nobody checked: make it visible.
     logp = tl.where(ids >= V, float("nan"), tl.where(ids >= 0, logp, 0.0))
+    old = logp if ON_POLICY else tl.load(p_old + i_n * K + o_k, mask=valid & (o_k < K), other=0.0)
     log_ratio = tl.where(valid, logp - old, 0.0)
     beyond = log_ratio > LOG_RATIO_LIMIT
     log_ratio = tl.where(beyond, LOG_RATIO_LIMIT, log_ratio)
@@ -112,7 +114,13 @@ def policy_rows_kernel(
         far = log_ref > LOG_RATIO_LIMIT
         log_ref = tl.where(far, LOG_RATIO_LIMIT, log_ref)
         kl_ref = weight * (tl.exp(log_ref) - 1 - log_ref)
-        c += tl.where(sampled & (far == 0), kl_coef * weight * (1 - tl.exp(log_ref)), 0.0)
+        slope = tl.where(far, 0.0, weight * (1 - tl.exp(log_ref)))
+        if KL_RATIO:  # rho k3, whose derivative is rho (k3' + k3)
+            sampled_ratio = tl.sum(tl.where(sampled, ratio, 0.0), 0)
+            flat = tl.sum(tl.where(sampled & beyond, 1, 0), 0) > 0
+            kl_ref *= sampled_ratio
+            slope = sampled_ratio * slope + tl.where(flat, 0.0, kl_ref)
+        c += tl.where(sampled, kl_coef * slope, 0.0)
 
     p_m = p_metrics + i_n * 8
     tl.store(p_m + 0, tl.sum(tl.where(sampled, loss, 0.0), 0))
@@ -150,7 +158,7 @@ def policy_rows(
     x_NV: Tensor,
     out_NV: Tensor | None,
     ids_NK: Tensor,
-    old_logprobs_NK: Tensor,
+    old_logprobs_NK: Tensor | None,
     advantages_NK: Tensor,
     weights_N: Tensor,
     candidate_weights_N: Tensor,
@@ -160,6 +168,7 @@ def policy_rows(
     clip: Clip,
     candidate_clip: Clip,
     kl_coef: float = 0.0,
+    kl_ratio: bool = False,
     entropy_coef: float = 0.0,
     temperature: float = 1.0,
     temperatures_N: Tensor | None = None,
@@ -170,6 +179,7 @@ def policy_rows(
 
     x, out: rows of stride 1; `out` may be x itself or its memory in a narrower type. ids [N, K] int64, slot 0 the
     sampled token, < 0 padding, >= V gives NaN. Everything else float32; values under padding or weight 0 are not read.
+    Without old log-probs the present ones take their place, as constants.
     """
     (N, V), K = x_NV.shape, ids_NK.shape[1]
     launch = launch or row_launch(architecture_of(x_NV.device), x_NV.element_size(), V)
@@ -202,6 +212,8 @@ def policy_rows(
             REFERENCE=ref_logprobs_N is not None,
             GRADIENT=out_NV is not None,
             ENTROPY=entropy_coef != 0,
+            ON_POLICY=old_logprobs_NK is None,
+            KL_RATIO=kl_ratio,
             IN_PLACE=in_place(x_NV, target_NV),
             NARROWING=narrowing(x_NV, target_NV),
             num_warps=launch.num_warps,

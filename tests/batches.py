@@ -4,10 +4,10 @@ import torch
 
 from ipvrm_core import Candidates
 from ipvrm_core.trainer.batching import Answer
-from ipvrm_core.trainer.collect import Collected
-from ipvrm_core.trainer.credit import OldPolicy
-from ipvrm_core.trainer.experiment import Experiment
+from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.models import add_value_head
+from ipvrm_core.trainer.rl.collect import Collected
+from ipvrm_core.trainer.rl.old_policy import OldPolicy
 
 LENGTHS = [4, 7, 2, 5, 10, 3]  # of the answers, EOS included
 CU = torch.tensor([0, *LENGTHS]).cumsum(0)
@@ -32,27 +32,19 @@ def two_short_answers() -> tuple[Collected, OldPolicy]:
     answers = [Answer([5], [6, 1]), Answer([5], [7, 1])]
     groups_B, mu_B = torch.zeros(2, dtype=torch.int64), torch.full((2,), 0.5)
     batch = Collected(answers, torch.tensor([1.0, 0.0]), groups_B, mu_B, 0, {})
-    ids_NK = torch.tensor([[6, 8], [-1, -1], [7, 8], [-1, -1]])
-    logprobs_NK = torch.tensor([0.6, 0.2]).log().where(ids_NK >= 0, 0.0)
-    candidates = Candidates(ids_NK, logprobs_NK, (ids_NK >= 0).sum(1), torch.zeros(4), torch.zeros(4))
-    return batch, OldPolicy(torch.tensor([0, 2, 4]), torch.zeros(4), candidates, {})
+    ids_NS = torch.tensor([[6, 6, 8], [1, -1, -1], [7, 7, 8], [1, -1, -1]])
+    logprobs_NS = torch.tensor([0.6, 0.6, 0.2]).log().where(torch.tensor([[True], [False]] * 2), 0.0)
+    candidates = Candidates(ids_NS, logprobs_NS, torch.tensor([2, 0, 2, 0]), torch.zeros(4))
+    return batch, OldPolicy(torch.tensor([0, 2, 4]), candidates, {})
 
 
-@torch.no_grad()
-def full_logits(model, answers: list[Answer]) -> torch.Tensor:
-    """Full logits of all response positions, one answer at a time, without padding: [N, V]."""
+def full_logits(model: LanguageModel, answers: list[Answer]) -> torch.Tensor:
+    """Full logits of all response positions, one answer at a time, without padding: [N, V], with a gradient."""
     rows = []
     for answer in answers:
         ids = torch.tensor([answer.prompt_ids + answer.response_ids])
-        rows.append(model(input_ids=ids).logits[0, len(answer.prompt_ids) - 1 : -1])
+        rows.append(model.model(input_ids=ids).logits[0, len(answer.prompt_ids) - 1 : -1])
     return torch.cat(rows)
-
-
-def at_limit(make, limit: int) -> Experiment:
-    """A run folder of its own for every micro-batch size: a folder keeps one configuration."""
-    first = make()
-    config = first.config.model_copy(update={"micro_batch_tokens": limit})
-    return Experiment(config, first.run.parent / f"limit-{limit}")
 
 
 def with_value_head(model):

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ipvrm_core.chunked.head import default_buffer_bytes, rows_per_chunk
+from ipvrm_core.fused.head import default_buffer_bytes, rows_per_chunk
 
 pytest.importorskip("matplotlib")
 DOCS = Path(__file__).resolve().parents[1] / "docs"

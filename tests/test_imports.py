@@ -1,7 +1,7 @@
 """The import directions of the repository, read from the source of every file.
 
-kernels -> torch, triton | types, packing, reference -> torch, einops | chunked, ops -> those, kernels lazily
-| objectives -> ops, reference | trainer, bench -> anything but each other | nobody else imports trainer or bench.
+kernels -> torch, triton | ipvrm_core in floors, each on those below it, kernels lazily | trainer, bench -> anything but
+each other, and no circle between rooms (a folder, or a file beside them) | nobody else imports trainer or bench.
 """
 
 import ast
@@ -30,21 +30,45 @@ class Rule(NamedTuple):
 
 
 OTHERS = ("ipvrm_core.trainer", "ipvrm_core.bench")
-PLAIN = ("torch", "einops", "ipvrm_core.types", "ipvrm_core.packing", "ipvrm_core.reference")
-CHUNKED = (*PLAIN, "ipvrm_core.chunked")
+FLOORS = (  # of ipvrm_core: each imports from itself and from those before it
+    ("ipvrm_core.dispatch", "ipvrm_core.packing", "ipvrm_core.registry"),
+    ("ipvrm_core.sequences",),
+    ("ipvrm_core.types",),
+    ("ipvrm_core.reference",),
+    ("ipvrm_core.fused",),
+    ("ipvrm_core.ops",),
+    ("ipvrm_core.heads", "ipvrm_core.method", "ipvrm_core.objectives"),
+    ("ipvrm_core.estimators",),
+    ("ipvrm_core.credit",),
+)
+KERNELS = ("ipvrm_core.kernels", "triton")
+
+
+def _floors() -> dict[str, Rule]:
+    rules, below = {}, ("torch", "einops")
+    for floor in FLOORS:
+        below = (*below, *floor)
+        for room in floor:
+            path = room.replace(".", "/")
+            lazily = KERNELS if path in ("ipvrm_core/sequences", "ipvrm_core/fused") else ()
+            rules[path if (ROOT / path).is_dir() else f"{path}.py"] = Rule(below, lazily=lazily)
+    return rules
+
 
 RULES = {  # the longest matching path decides
     "": Rule(ANY, refused=OTHERS),
     "kernels": Rule(("torch", "triton", "ipvrm_core.kernels")),
     "ipvrm_core": Rule(("torch", "einops", "ipvrm_core"), refused=("ipvrm_core.kernels", *OTHERS)),
-    "ipvrm_core/types.py": Rule(PLAIN),
-    "ipvrm_core/packing.py": Rule(PLAIN),
-    "ipvrm_core/reference": Rule(PLAIN),
-    "ipvrm_core/chunked": Rule(CHUNKED, lazily=("ipvrm_core.kernels",)),
-    "ipvrm_core/chunked/triton_rows.py": Rule((*CHUNKED, "ipvrm_core.kernels")),  # itself imported lazily
-    "ipvrm_core/ops": Rule((*CHUNKED, "ipvrm_core.ops"), lazily=("ipvrm_core.kernels", "triton")),
-    "ipvrm_core/objectives": Rule((*PLAIN, "ipvrm_core.ops", "ipvrm_core.objectives")),
-    "ipvrm_core/adapters": Rule(("torch", "einops", "ipvrm_core"), lazily=ANY, refused=("ipvrm_core.kernels", *OTHERS)),
+    **_floors(),
+    "ipvrm_core/objectives": Rule(
+        ("torch", *(f"ipvrm_core.{name}" for name in ("packing", "registry", "sequences", "objectives")))
+    ),
+    "ipvrm_core/fused/triton_rows.py": Rule(  # itself imported lazily
+        ("torch", "ipvrm_core.fused", "ipvrm_core.types", "ipvrm_core.kernels")
+    ),
+    "ipvrm_core/integrations": Rule(
+        ("torch", "einops", "ipvrm_core"), lazily=ANY, refused=("ipvrm_core.kernels", *OTHERS)
+    ),
     "trainer": Rule(ANY, refused=("ipvrm_core.bench",)),
     "bench": Rule(ANY, refused=("ipvrm_core.trainer",)),
     "tests": Rule(ANY),
@@ -122,22 +146,22 @@ def test_import_directions():
         ("kernels/softmax.py", "from ..types import LogProbs"),  # kernels/ is ipvrm_core.kernels
         ("ipvrm_core/types.py", "import triton"),
         ("ipvrm_core/packing.py", "import transformers"),
-        ("ipvrm_core/reference/values.py", "from ipvrm_core.ops import distrl_loss"),
-        ("ipvrm_core/reference/values.py", "from ipvrm_core import distrl_loss"),
-        ("ipvrm_core/reference/values.py", "from ..chunked import head"),
-        ("ipvrm_core/chunked/head.py", "from ipvrm_core.objectives import find"),
-        ("ipvrm_core/chunked/head.py", "import ipvrm_core.kernels.softmax"),
+        ("ipvrm_core/sequences/values.py", "from ipvrm_core.ops import distrl_loss"),
+        ("ipvrm_core/sequences/values.py", "from ipvrm_core import distrl_loss"),
+        ("ipvrm_core/sequences/values.py", "from ..fused import head"),
+        ("ipvrm_core/fused/head.py", "from ipvrm_core.objectives import find"),
+        ("ipvrm_core/fused/head.py", "import ipvrm_core.kernels.softmax"),
         ("ipvrm_core/ops/distrl_loss.py", "import ipvrm_core.kernels"),  # at the top: not lazily
         ("ipvrm_core/ops/distrl_loss.py", "from ipvrm_core import kernels"),
         ("ipvrm_core/ops/distrl_loss.py", "if True:\n    from ipvrm_core.kernels import softmax"),
         ("ipvrm_core/ops/distrl_loss.py", "class A:\n    import triton"),
-        ("ipvrm_core/objectives/ipvrm.py", "from ipvrm_core.chunked.head import Head"),
+        ("ipvrm_core/objectives/ipvrm.py", "from ipvrm_core.fused.head import Head"),
         ("ipvrm_core/objectives/ipvrm.py", "def f():\n    from ipvrm_core.trainer import config"),
-        ("ipvrm_core/adapters/trl.py", "import trl"),
-        ("ipvrm_core/adapters/trl.py", "def f():\n    from ipvrm_core import trainer"),
-        ("ipvrm_core/presets.py", "from ipvrm_core.bench import cases"),
-        ("ipvrm_core/presets.py", "def f():\n    import transformers"),
-        ("ipvrm_core/presets.py", "from importlib import import_module\nimport_module('ipvrm_core.trainer.config')"),
+        ("ipvrm_core/integrations/trl.py", "import trl"),
+        ("ipvrm_core/integrations/trl.py", "def f():\n    from ipvrm_core import trainer"),
+        ("ipvrm_core/method.py", "from ipvrm_core.bench import cases"),
+        ("ipvrm_core/method.py", "def f():\n    import transformers"),
+        ("ipvrm_core/method.py", "from importlib import import_module\nimport_module('ipvrm_core.trainer.config')"),
         ("trainer/cli.py", "from ipvrm_core.bench.cases import Case"),
         ("bench/cpu.py", "from ipvrm_core.trainer import config"),
         ("docs/plot.py", "import ipvrm_core.trainer"),
@@ -156,12 +180,15 @@ def test_the_checker_catches(path, source):
     [
         ("kernels/softmax.py", "import math\nimport torch\nimport triton.language as tl\nfrom .tiles import cdiv"),
         ("kernels/softmax.py", "from ipvrm_core.kernels.tiles import cdiv"),
-        ("ipvrm_core/reference/values.py", "from torch.nn import functional\nfrom ipvrm_core.types import LogProbs"),
-        ("ipvrm_core/reference/values.py", "from . import segments\nfrom ..packing import pack"),
-        ("ipvrm_core/ops/distrl_loss.py", "def f():\n    from ipvrm_core.kernels import softmax"),
-        ("ipvrm_core/ops/distrl_loss.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import triton"),
-        ("ipvrm_core/objectives/ipvrm.py", "from ipvrm_core.ops.linear_logprobs import linear_logprobs"),
-        ("ipvrm_core/adapters/trl.py", "from ipvrm_core import distrl_loss\ndef f():\n    import trl, transformers"),
+        ("ipvrm_core/reference/logprobs.py", "from torch.nn import functional\nfrom ipvrm_core import types"),
+        ("ipvrm_core/sequences/values.py", "from . import segments\nfrom ..packing import pack"),
+        ("ipvrm_core/fused/rows.py", "def f():\n    from ipvrm_core.kernels import softmax"),
+        ("ipvrm_core/fused/rows.py", "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import triton"),
+        ("ipvrm_core/objectives/ipvrm.py", "from ipvrm_core.sequences.reward_losses import ipvrm_loss"),
+        (
+            "ipvrm_core/integrations/trl.py",
+            "from ipvrm_core import distrl_loss\ndef f():\n    import trl, transformers",
+        ),
         ("trainer/cli.py", "import transformers\nfrom ipvrm_core.trainer import config\nfrom ipvrm_core import pack"),
         ("bench/cpu.py", "from ipvrm_core.bench import cases\nimport ipvrm_core.kernels.softmax"),
         ("tests/test_cli.py", "from ipvrm_core.trainer import config\nfrom ipvrm_core.bench import cases"),
@@ -177,6 +204,50 @@ def test_top_folders_are_not_packages_of_their_own(folder):
     assert [p for name in ("torch", "triton") for p in (ROOT / folder).rglob(name)] == []
 
 
+def room(parts: list[str]) -> str:
+    """A folder of trainer/, trainer/evaluation/ or ipvrm_core/, or a file beside them."""
+    return "/".join(parts[: 3 if parts[:2] == ["trainer", "evaluation"] else 2]).removesuffix(".py")
+
+
+def without_type_checking(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        if hasattr(node, "body") and isinstance(node.body, list):
+            node.body = [
+                child
+                for child in node.body
+                if not (isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test))
+            ] or [ast.Pass()]
+    return tree
+
+
+def arrows() -> set[tuple[str, str]]:
+    """(room, room that it imports from), lazily or not."""
+    files = [path for path in sources() if path.startswith(("trainer/", "ipvrm_core/"))]
+    rooms = {room(path.split("/")) for path in files}
+    found = set()
+    for path in files:
+        for name, _, _ in imports(path, without_type_checking(ast.parse((ROOT / path).read_text()))):
+            parts = name.split(".")
+            there = room(parts[1:] if parts[1:2] == ["trainer"] else parts)
+            if there in rooms and there != room(path.split("/")):
+                found.add((room(path.split("/")), there))
+    return found
+
+
+def test_no_circle_between_rooms():
+    left = arrows()
+    assert ("trainer/rl", "trainer/language_model") in left
+    assert ("trainer/evaluation/reward_model", "trainer/evaluation/policy") in left
+    assert ("ipvrm_core/credit", "ipvrm_core/estimators") in left
+    while True:  # rooms that import from nowhere are taken away, floor by floor
+        importing = {here for here, _ in left}
+        fewer = {(here, there) for here, there in left if there in importing}
+        if fewer == left:
+            break
+        left = fewer
+    assert left == set()
+
+
 def test_import_ipvrm_core_loads_no_heavy_package():
     """A fresh interpreter, outside the repository."""
     code = "import sys, ipvrm_core; dir(ipvrm_core); print(*{m.split('.')[0] for m in sys.modules})"
@@ -188,17 +259,32 @@ def test_import_ipvrm_core_loads_no_heavy_package():
     assert not {"torch", "triton", "transformers", "einops", "numpy"} & set(loaded)
 
 
+def test_the_loss_costs_no_more_than_torch():
+    """No dynamo (seconds), no triton (a second), no transformers: what the first call needs is imported by it."""
+    code = "import sys, ipvrm_core; ipvrm_core.distrl_loss; ipvrm_core.select_candidates; print(*sys.modules)"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, cwd="/", env=environment
+    ).stdout.split()
+    assert "torch" in loaded
+    assert not {"torch._dynamo", "triton", "transformers"} & set(loaded)
+
+
 @pytest.mark.parametrize("name", ipvrm_core.__all__)
 def test_every_public_name_resolves(name):
     value = getattr(ipvrm_core, name)
     assert getattr(ipvrm_core, name) is value  # cached
-    if name != "PRESETS" and not name.startswith("__"):
+    if name != "METHODS" and not name.startswith("__"):
         assert value.__name__ == name
 
 
-def test_public_names_come_from_the_public_layers():
-    layers = {target.split(".")[0] for target in ipvrm_core._EXPORTS.values()}
-    assert layers <= {"ops", "types", "packing", "reference", "presets", "objectives"}
+def test_type_checkers_read_what_runs():
+    """The imports under TYPE_CHECKING and the table of homes name the same."""
+    tree = ast.parse(Path(ipvrm_core.__file__).read_text())
+    (guarded,) = [node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)]
+    named = {alias.asname: node.module for node in guarded.body for alias in node.names if alias.name == alias.asname}
+    assert named == {name: f"ipvrm_core.{home}" for name, home in ipvrm_core._HOMES.items()}
+    assert len(guarded.body) == len(named)
 
 
 def test_unknown_names_are_refused():

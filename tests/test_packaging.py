@@ -91,7 +91,7 @@ def test_tests_run_from_the_sdist(built):
         f"    assert ipvrm_core.__file__.startswith({str(source)!r})\n"
         "    assert load('demo', []).rm\n"
     )
-    files = ["tests/test_place.py", "tests/test_packing.py"]
+    files = ["tests/test_place.py", "tests/core/test_packing.py"]
     environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--noconftest", *files]
     ran = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)

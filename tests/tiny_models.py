@@ -9,6 +9,7 @@ from tokenizers import Regex, pre_tokenizers
 
 from ipvrm_core.trainer.config import Scratch
 from ipvrm_core.trainer.evaluation.token_scores import Scorer
+from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.models import add_value_head, build_scratch, character_tokenizer, save_model
 
 ALPHABET = "0123456789+-*=?;.:# \nSteparodbmnuswi<>|"
@@ -57,15 +58,21 @@ def value_model(seed: int):
     return made
 
 
+def scorer(model, reference=None, **settings) -> Scorer:
+    """Of plain models."""
+    wrapped = [None if one is None else LanguageModel(one) for one in (model, reference)]
+    return Scorer(tokenizer(), *wrapped, **settings)
+
+
 def log_ratio_scorer() -> Scorer:
-    return Scorer(tokenizer(), model(1), model(2))
+    return scorer(model(1), model(2))
 
 
 def scorer_of(kind: str) -> Scorer:
     made = {
         "log-ratio": log_ratio_scorer,
-        "log-prob": lambda: Scorer(tokenizer(), model(1), decay=0.9),
-        "value": lambda: Scorer(tokenizer(), value_model(1)),
+        "log-prob": lambda: scorer(model(1), decay=0.9),
+        "value": lambda: scorer(value_model(1)),
     }[kind]()
     assert made.kind == kind
     return made
@@ -85,11 +92,11 @@ def plain_scores(scorer: Scorer, ids: list[int], start: int, unseen: int | None 
     mask = torch.tensor([[token != unseen for token in ids]]).long()
     if scorer.kind == "value":
         head = scorer.model.value_head
-        hidden = scorer.model.model(input_ids=row).last_hidden_state[0]
+        hidden = scorer.model.model.model(input_ids=row).last_hidden_state[0]
         return (hidden @ head.weight[0] + head.bias)[start:].numpy()
 
     def logprobs(one):
-        logits = one(input_ids=row, attention_mask=mask).logits[0, :-1]
+        logits = one.model(input_ids=row, attention_mask=mask).logits[0, :-1]
         return logits.log_softmax(-1).gather(1, row[0, 1:, None])[start - 1 :, 0]
 
     ours = logprobs(scorer.model)

@@ -12,4 +12,4 @@ BASE = {
     "rollout": {"prompts": 24, "samples": 8, "held_out": 8, "batch": 24},
     "eval": {"prompts": 8, "samples": 2, "traces": 30},
 }
-METHOD = {"prompts": 12, "keep_prompts": 4, "rollouts": 6}
+BATCH = {"prompts": 12, "keep_prompts": 4, "rollouts": 6}

@@ -3,16 +3,13 @@
 Shape letters: B sequences, L padded length, N response tokens, D hidden size.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipvrm_core.packing import cu_seqlens_from_lengths
-from ipvrm_core.trainer.models import hidden_states
-from ipvrm_core.trainer.progress import Progress
 
 
 class Answer(NamedTuple):
@@ -65,11 +62,6 @@ class TokenBatch(NamedTuple):
         return cls(*(tensor.to(device) for tensor in made))
 
 
-def response_hidden(model: nn.Module, batch: TokenBatch) -> Tensor:
-    """Hidden states that predict the response tokens, packed: [N, D]."""
-    return hidden_states(model, batch.ids_BL, batch.mask_BL).flatten(0, 1)[batch.rows_N]
-
-
 def micro_batches(answers: Sequence[Answer], max_tokens: int) -> Iterator[slice]:
     """Consecutive slices whose padded size stays within `max_tokens` (a single longer sequence goes alone)."""
     start, longest = 0, 0
@@ -80,30 +72,3 @@ def micro_batches(answers: Sequence[Answer], max_tokens: int) -> Iterator[slice]
             start, longest = end, len(answer.prompt_ids) + len(answer.response_ids)
     if start < len(answers):
         yield slice(start, len(answers))
-
-
-def map_rows(
-    model: nn.Module,
-    answers: Sequence[Answer],
-    max_tokens: int,
-    function: Callable,
-    *,
-    after: bool = False,
-    unseen: int | None = None,
-    label: str | None = None,
-) -> list[Tensor]:
-    """function(hidden [n, D], TokenBatch, slice of the packed rows) -> tuple of [n, ...]; concatenated, no gradient.
-
-    after, unseen: as in TokenBatch. label: of long work, which then says how far it has come.
-    """
-    device = next(model.parameters()).device
-    pieces, row = [], 0
-    with torch.no_grad(), Progress(label, len(answers), unit="answer") if label else nullcontext() as shown:
-        for part in micro_batches(answers, max_tokens):
-            batch = TokenBatch.make(answers[part], device, after=after, unseen=unseen)
-            count = len(batch.targets_N)
-            pieces.append(function(response_hidden(model, batch), batch, slice(row, row + count)))
-            row += count
-            if shown:
-                shown.update(part.stop - part.start)
-    return [torch.cat(column) for column in zip(*pieces, strict=True)]

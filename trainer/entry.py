@@ -10,7 +10,7 @@ def main(arguments: list[str] | None = None) -> int:
     if missing := missing_packages():
         print(f'ipvrm needs: pip install "ipvrm-core[trainer]"  (missing: {", ".join(missing)})', file=sys.stderr)
         return 2
-    from ipvrm_core.trainer import cli
+    from ipvrm_core.trainer.commands import main as cli
 
     return cli.main(arguments)
 

@@ -31,6 +31,7 @@ def code_inputs(config: Config) -> dict[str, Digests]:
     """Of the user's own code that the configuration names, by key."""
     named = {"verifier.kind": config.verifier.kind}
     named |= {f"rm.{name}.objective": rm.objective for name, rm in config.rm.items()}
+    named |= {f"rl.{name}.method.estimator": rl.resolved().estimator for name, rl in config.rl.items()}
     return {key: code_digests(spec) for key, spec in named.items() if ":" in spec}
 
 

@@ -35,7 +35,7 @@ def jobs_of(config: Config) -> list[Job]:
         jobs.append(Job(f"rm.{name}", ("train-rm", "--name", name), start if rm.data else ("rollout",)))
     for name, rl in config.rl.items():
         needs = (f"rm.{rl.reward_model.name}",) if rl.reward_model else start
-        jobs.append(Job(f"rl.{name}", ("distrl", "--name", name), needs))
+        jobs.append(Job(f"rl.{name}", ("rl", "--name", name), needs))
     jobs.append(Job("eval", ("eval",), tuple(job.key for job in jobs)))
     jobs.append(Job("report", ("report",), ("eval",)))
     return jobs
@@ -106,7 +106,7 @@ def _start(job: Job, run_folder: Path, logs: Path, parallel: int) -> subprocess.
     command = [
         sys.executable,
         "-m",
-        "ipvrm_core.trainer.cli",
+        "ipvrm_core.trainer.commands.main",
         "--with-parent",
         *job.words,
         str(run_folder / "config.json"),

@@ -9,7 +9,7 @@ from ipvrm_core.trainer.config import Config, ConfigError, Scratch, Source
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.sources import read_source
 from ipvrm_core.trainer.data.tasks import make_task
-from ipvrm_core.trainer.prompts import encode_prompt
+from ipvrm_core.trainer.text.prompts import encode_prompt
 from ipvrm_core.trainer.verify import JUDGES
 from ipvrm_core.trainer.verify.worker import load_judge
 
@@ -53,8 +53,7 @@ def _least_bytes(config: Config) -> Iterator[tuple[str, int]]:
     if config.rollout:
         yield "rollout.batch x rollout.samples", 8 * config.rollout.batch * config.rollout.samples * tokens
     for name, rl in config.rl.items():
-        preset = rl.resolved()
-        yield f"rl.{name}.method.prompts x rollouts", 8 * preset.prompts * preset.rollouts * tokens
+        yield f"rl.{name}.batch.prompts x rollouts", 8 * rl.batch.prompts * rl.batch.rollouts * tokens
     if config.test:
         yield "eval.prompts x eval.samples", 8 * config.eval.prompts * config.eval.samples * tokens
 

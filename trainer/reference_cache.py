@@ -7,18 +7,18 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.files import read_tensors, write_file
-from ipvrm_core.trainer.reward import sampled_logprobs
+from ipvrm_core.trainer.language_model import LanguageModel
 
 FORMAT = 1  # goes into the key: a change in what is stored makes old files unused, never wrong
 
 
-def reference_logprobs(experiment: Experiment, model: nn.Module, answers: Sequence[Answer], folder: Path) -> Tensor:
+def reference_logprobs(experiment: Experiment, model: LanguageModel, answers: Sequence[Answer], folder: Path) -> Tensor:
     """log p(y_t|s_t) of all response tokens at the sampling temperature, packed [N], float32 on the CPU.
 
     Read from folder/reference-<key>.safetensors, or computed and written there, whole or not at all. ValueError for a
@@ -32,7 +32,7 @@ def reference_logprobs(experiment: Experiment, model: nn.Module, answers: Sequen
             raise ValueError(f"{path} must hold {count} log-probs; got {tuple(logprobs_N.shape)}. Delete it")
         tqdm.write(f"reference log-probs of {len(answers)} answers read from {path}")
         return logprobs_N
-    logprobs_N = sampled_logprobs(experiment, model.eval(), answers, "reference log-probs").float().cpu()
+    logprobs_N = model.eval().logprobs(answers, label="reference log-probs").float().cpu()
     if not logprobs_N.isfinite().all():
         raise ValueError("the reference gives a token of the data probability 0: its log-ratio is infinite")
     folder.mkdir(parents=True, exist_ok=True)
@@ -41,7 +41,7 @@ def reference_logprobs(experiment: Experiment, model: nn.Module, answers: Sequen
     return logprobs_N
 
 
-def cache_key(experiment: Experiment, model: nn.Module, answers: Sequence[Answer]) -> str:
+def cache_key(experiment: Experiment, model: LanguageModel, answers: Sequence[Answer]) -> str:
     """SHA-256 over the weights themselves, their configuration, the temperature and the token ids.
 
     Token ids stand for data, tokenizer and chat template: a change in any of them that matters changes an id. The
@@ -50,11 +50,11 @@ def cache_key(experiment: Experiment, model: nn.Module, answers: Sequence[Answer
     settings = {
         "format": FORMAT,
         "temperature": experiment.config.generation.temperature,
-        "vocabulary": len(experiment.tokenizer),
-        "model": {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"},
+        "vocabulary": len(experiment.text.tokenizer),
+        "model": {key: value for key, value in model.model.config.to_dict().items() if key != "_name_or_path"},
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(model.model.state_dict().items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     for answer in answers:

@@ -3,49 +3,24 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ipvrm_core import linear_logprobs
 from ipvrm_core.objectives import Objective, RewardBatch
 from ipvrm_core.packing import cu_seqlens_from_lengths, lengths_of
-from ipvrm_core.trainer.batching import Answer, TokenBatch, map_rows, micro_batches, response_hidden
-from ipvrm_core.trainer.experiment import Experiment
-from ipvrm_core.trainer.models import head_of, value_scores
-
-
-def sampled_logprobs(
-    experiment: Experiment, model: nn.Module, answers: Sequence[Answer], label: str | None = None
-) -> Tensor:
-    """log p(y_t | s_t) of all response tokens at the sampling temperature, packed [N], no gradient."""
-    limit = experiment.config.micro_batch_tokens
-    return map_rows(model, answers, limit, _logprobs(experiment, model), label=label)[0]
-
-
-def _logprobs(experiment: Experiment, model: nn.Module):
-    head = head_of(model)
-    temperature = experiment.config.generation.temperature
-
-    def function(hidden_ND: Tensor, batch: TokenBatch, _=None) -> tuple[Tensor]:
-        ids_N1 = batch.targets_N[:, None]
-        found = linear_logprobs(hidden_ND, head.weight, ids_N1, temperature=temperature, **head.options)
-        return (found.logprobs_NK[:, 0],)
-
-    return function
+from ipvrm_core.trainer.batching import Answer, TokenBatch, micro_batches
+from ipvrm_core.trainer.language_model import LanguageModel
 
 
 def scores(
-    experiment: Experiment,
-    model: nn.Module,
-    objective: Objective,
-    answers: Sequence[Answer],
-    ref_logprobs_N: Tensor | None = None,
+    model: LanguageModel, objective: Objective, answers: Sequence[Answer], ref_logprobs_N: Tensor | None = None
 ) -> Tensor:
     """What the objective sees of every response token, packed [N], no gradient: log-ratios, log-probs or values.
 
     ref_logprobs_N is needed where `objective.reference` says so and the head is the vocabulary's.
     """
-    limit, after = experiment.config.micro_batch_tokens, objective.head == "value"
-    score_N = map_rows(model, answers, limit, _scores(experiment, model, objective), after=after)[0]
+    if objective.head == "value":
+        return model.values(answers)
+    score_N = model.logprobs(answers)
     return score_N - ref_logprobs_N if needs_reference(objective) else score_N
 
 
@@ -54,15 +29,8 @@ def needs_reference(objective: Objective) -> bool:
     return objective.head == "vocabulary" and objective.reference
 
 
-def _scores(experiment: Experiment, model: nn.Module, objective: Objective):
-    if objective.head == "vocabulary":
-        return _logprobs(experiment, model)
-    return lambda hidden_ND, batch, _=None: (value_scores(model, hidden_ND),)
-
-
 def backward_reward_loss(
-    experiment: Experiment,
-    model: nn.Module,
+    model: LanguageModel,
     objective: Objective,
     answers: Sequence[Answer],
     ref_logprobs_N: Tensor,
@@ -77,25 +45,18 @@ def backward_reward_loss(
     weighs the pair by twice the winner's weight. One that reweighs scores all answers first, in a pass of its own;
     policy_logprobs_N are those of the policy that sampled the answers (None: the reference is that policy).
     """
-    function = _scores(experiment, model, objective)
     if objective.reweighs:
         policy_N = ref_logprobs_N if policy_logprobs_N is None else policy_logprobs_N
         cu_seqlens = cu_seqlens_from_lengths(torch.tensor([len(answer.response_ids) for answer in answers]))
-        score_N = scores(experiment, model, objective, answers, ref_logprobs_N)
+        score_N = scores(model, objective, answers, ref_logprobs_N)
         weights_B = objective.reweigh(score_N, policy_N, cu_seqlens.to(labels_B.device), labels_B, weights_B)
     unit = 2 if objective.pairwise else 1
     total, row = 0.0, 0
-    for part in _parts(answers, experiment.config.micro_batch_tokens, unit):
-        batch = TokenBatch.make(answers[part], experiment.device, after=objective.head == "value")
+    for part in _parts(answers, model.max_tokens, unit):
+        batch = model.batch(answers[part], after=objective.head == "value")
         rows = slice(row, row + len(batch.targets_N))
         row = rows.stop
-        with experiment.accelerator.autocast():
-            hidden = response_hidden(model, batch)
-        score_N = function(hidden, batch)[0]
-        if needs_reference(objective):
-            score_N = score_N - ref_logprobs_N[rows]
-        count = part.stop - part.start
-        pairs = torch.arange(count, device=experiment.device).view(-1, 2) if objective.pairwise else None
+        score_N = _batch_scores(model, objective, batch, ref_logprobs_N[rows])
         loss = objective.loss(
             score_N,
             RewardBatch(
@@ -103,13 +64,20 @@ def backward_reward_loss(
                 labels_B=labels_B[part],
                 weights_B=weights_B[part],
                 boundary_B=None if boundary_B is None else boundary_B[part],
-                pairs_P2=pairs,
-                pair_weights_P=2 * weights_B[part][::2] if objective.pairwise else None,
+                pairs_P2=torch.arange(part.stop - part.start, device=score_N.device).view(-1, 2) if unit == 2 else None,
+                pair_weights_P=2 * weights_B[part][::2] if unit == 2 else None,
             ),
         )
-        experiment.accelerator.backward(loss)
+        loss.backward()
         total += loss.item()
     return total
+
+
+def _batch_scores(model: LanguageModel, objective: Objective, batch: TokenBatch, ref_logprobs_N: Tensor) -> Tensor:
+    if objective.head == "value":
+        return model.batch_values(batch)
+    score_N = model.batch_logprobs(batch)
+    return score_N - ref_logprobs_N if needs_reference(objective) else score_N
 
 
 def _parts(answers: Sequence[Answer], max_tokens: int, unit: int):

@@ -70,16 +70,11 @@ def emulated_distrl(logp_N: Tensor, problem: Problem) -> Tensor:
     The dot products are in float32. Where the candidates are is known beforehand, as a collator knows it.
     """
     batch, config = problem.batch, PolicyLossConfig()
-    rows_M, slots_M = problem.candidate_rows_M, problem.candidate_slots_M
-    lse_N = _selected_logits(problem, slice(None), batch.sampled_ids_N) - logp_N
-    logp_M = _selected_logits(problem, rows_M, batch.candidate_ids_NK[rows_M, slots_M]) - lse_N[rows_M]
-    old_M = batch.candidate_old_logprobs_NK[rows_M, slots_M]
-    loss_M = naive.clipped(
-        logp_M - old_M,
-        batch.candidate_advantages_NK[rows_M, slots_M],
-        config.candidate_clip_low,
-        config.candidate_clip_high,
-    )
+    slots_M = rows_M, _ = problem.candidates_M
+    lse_N = _selected_logits(problem, slice(None), problem.sampled.ids_N) - logp_N
+    logp_M = _selected_logits(problem, rows_M, batch.ids_NS[slots_M]) - lse_N[rows_M]
+    old_M, advantages_M = batch.old_logprobs_NS[slots_M], batch.advantages_NS[slots_M]
+    loss_M = naive.clipped(logp_M - old_M, advantages_M, config.candidate_clip_low, config.candidate_clip_high)
     mass_M = old_M.exp() * batch.candidate_weights_N[rows_M]
     return naive.sampled_loss(logp_N, batch) + config.alpha * (mass_M * loss_M).sum()
 

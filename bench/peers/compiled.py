@@ -13,7 +13,7 @@ CHUNK = 2048
 
 def _compiled(function, problem: Problem):
     """Inductor on a GPU. On a CPU (toy runs) only the tracing: generating C++ takes half a minute a function."""
-    on_gpu = problem.batch.sampled_ids_N.is_cuda
+    on_gpu = problem.batch.ids_NS.is_cuda
     return torch.compile(function, fullgraph=True, dynamic=False, backend="inductor" if on_gpu else "aot_eager")
 
 

@@ -34,17 +34,8 @@ def chunked_grpo(problem: Problem) -> Tensor:
         loss_type="bnpo",
         temperature=1.0,
     )
-    hidden, ids, mask, advantages, old = (
-        _in_sequences(problem, x)
-        for x in (
-            problem.hidden_ND,
-            problem.batch.sampled_ids_N,
-            problem.mask_N.float(),
-            problem.batch.advantages_N,
-            problem.batch.old_logprobs_N,
-        )
-    )
-    return loss(hidden, problem.weight_VD, ids, mask, advantages[:, 0], old_per_token_logps=old)[0]
+    hidden, ids, mask, advantages, old = (_in_sequences(problem, x) for x in (problem.hidden_ND, *problem.sampled))
+    return loss(hidden, problem.weight_VD, ids, mask.float(), advantages[:, 0], old_per_token_logps=old)[0]
 
 
 def pad_logits(problem: Problem) -> Problem:
@@ -57,15 +48,7 @@ def pad_logits(problem: Problem) -> Problem:
 def triton_grpo(problem: Problem) -> Tensor:
     from liger_kernel.transformers.grpo_loss import triton_grpo_loss
 
-    ids, mask, advantages, old = (
-        _in_sequences(problem, x)
-        for x in (
-            problem.batch.sampled_ids_N,
-            problem.mask_N.float(),
-            problem.batch.advantages_N,
-            problem.batch.old_logprobs_N,
-        )
-    )
+    ids, mask, advantages, old = (_in_sequences(problem, x) for x in problem.sampled)
     settings = {"temperature": 1.0, "beta": 0.0, "eps_low": CLIP.clip_low, "eps_high": CLIP.clip_high}
     return triton_grpo_loss(
         problem.logits_NV,
@@ -73,7 +56,7 @@ def triton_grpo(problem: Problem) -> Tensor:
         None,
         ids,
         advantages[:, 0].contiguous(),
-        mask,
+        mask.float(),
         **settings,
         inplace=False,  # the logits stay as they are, as with the library
         loss_type="bnpo",

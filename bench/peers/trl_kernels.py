@@ -28,7 +28,7 @@ def chunked_logprobs(problem: Problem) -> Tensor:
     from trl.kernels import ChunkedLogProbFunction
 
     _without_datasets()
-    hidden, ids, mask_N = problem.hidden_ND, problem.batch.sampled_ids_N, problem.mask_N
+    hidden, ids, mask_N = problem.hidden_ND, problem.sampled.ids_N, problem.sampled.mask_N
     settings = (1.0, VOCABULARY_CHUNK, None, 1.0, ())
     if not problem.setting.masked:
         return ChunkedLogProbFunction.apply(hidden, problem.weight_VD, None, ids, *settings)[0]
@@ -40,7 +40,7 @@ def chunked_logprobs(problem: Problem) -> Tensor:
 def logits_logprobs(problem: Problem) -> Tensor:
     from trl.kernels import selective_log_softmax_and_entropy
 
-    return selective_log_softmax_and_entropy(problem.logits_NV, problem.batch.sampled_ids_N)[0]
+    return selective_log_softmax_and_entropy(problem.logits_NV, problem.sampled.ids_N)[0]
 
 
 PEERS = [

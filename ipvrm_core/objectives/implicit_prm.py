@@ -6,7 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ipvrm_core.objectives.base import Objective, RewardBatch
-from ipvrm_core.ops.sequences import implicit_prm_loss
+from ipvrm_core.sequences.reward_losses import implicit_prm_loss
 
 
 @dataclass(frozen=True)

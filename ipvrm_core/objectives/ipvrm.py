@@ -6,8 +6,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ipvrm_core.objectives.base import Objective, RewardBatch
-from ipvrm_core.ops.sequences import ipvrm_loss
-from ipvrm_core.reference.reward_losses import Weighting
+from ipvrm_core.sequences.reward_losses import Weighting, ipvrm_loss
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from ipvrm_core.objectives.base import Objective, RewardBatch
-from ipvrm_core.ops.sequences import repirl_loss, repirl_weights
-from ipvrm_core.reference.reward_losses import ExpertShare, WeightLength
+from ipvrm_core.sequences.reward_losses import ExpertShare, WeightLength, repirl_loss, repirl_weights
 
 
 @dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Repirl(Objective):
     beta: float = 1.0
     length: WeightLength = "mean"
     expert_share: ExpertShare = "batch"
-    head: Literal["vocabulary", "value"] = "vocabulary"
+    head: Literal["vocabulary", "value"] = "vocabulary"  # type: ignore[misc] # elsewhere a constant, here a setting
 
     def reweigh(self, score_N, policy_logprobs_N, cu_seqlens, labels_B, weights_B) -> Tensor:
         return repirl_weights(

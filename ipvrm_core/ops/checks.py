@@ -10,8 +10,8 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from ipvrm_core.chunked.head import default_buffer_bytes
-from ipvrm_core.chunked.transform import LogitTransform
+from ipvrm_core.fused.head import default_buffer_bytes
+from ipvrm_core.fused.transform import LogitTransform
 
 _check_values: ContextVar[bool] = ContextVar("ipvrm_check_values", default=False)
 

@@ -5,10 +5,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ipvrm_core.chunked.distrl_loss import DistrlLossInPlace, pack_batch, pack_config
-from ipvrm_core.chunked.distrl_loss import distrl_loss as chunked
+from ipvrm_core.dispatch import resolve
+from ipvrm_core.fused.distrl_loss import DistrlLossInPlace, pack_batch, pack_config
+from ipvrm_core.fused.distrl_loss import distrl_loss as fused
 from ipvrm_core.ops import checks
-from ipvrm_core.ops.dispatch import resolve
 from ipvrm_core.reference import policy_loss as reference
 from ipvrm_core.types import METRICS, PolicyBatch, PolicyLossConfig, PolicyLossOutput
 
@@ -62,8 +62,7 @@ def distrl_loss_from_logits(
 def _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes, inplace=False) -> PolicyLossOutput:
     config = config or PolicyLossConfig()
     N, V = checks.check_head(hidden, weight, bias)
-    checks.check_ids("sampled_ids_N", batch.sampled_ids_N, (N,), V, hidden)
-    checks.check_ids("candidate_ids_NK", batch.candidate_ids_NK, (N, None), V, hidden)
+    checks.check_ids("ids_NS", batch.ids_NS, (N, None), V, hidden)
     if config.kl_coef and batch.ref_logprobs_N is None:
         raise ValueError("kl_coef > 0 needs batch.ref_logprobs_N; got None")
     if batch.temperatures_N is not None:
@@ -85,5 +84,5 @@ def _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes, inplace
     if inplace and need[0]:
         loss, metrics_M = DistrlLossInPlace.apply(hidden, *settings)
     else:
-        loss, metrics_M, *_ = chunked(hidden, weight, bias, *settings, need)
+        loss, metrics_M, *_ = fused(hidden, weight, bias, *settings, need)
     return PolicyLossOutput(loss, dict(zip(METRICS, metrics_M.unbind(), strict=True)))

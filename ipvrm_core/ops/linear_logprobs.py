@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from ipvrm_core.chunked.linear_logprobs import linear_logprobs as chunked
+from ipvrm_core.dispatch import resolve
+from ipvrm_core.fused.linear_logprobs import linear_logprobs as fused
 from ipvrm_core.ops import checks
-from ipvrm_core.ops.dispatch import resolve
 from ipvrm_core.reference.logprobs import head_logits
 from ipvrm_core.reference.logprobs import logprobs_from_logits as reference
 from ipvrm_core.types import LogProbs
@@ -58,5 +58,5 @@ def _run(hidden, weight, bias, ids, temperature, softcap, backend, max_buffer_by
     if backend == "reference":
         logits = hidden if weight is None else head_logits(hidden, weight, bias)
         return reference(logits, ids, temperature=temperature, softcap=softcap)
-    *outputs, _ = chunked(hidden, weight, bias, ids, *transform, budget, backend == "triton")
+    *outputs, _ = fused(hidden, weight, bias, ids, *transform, budget, backend == "triton")
     return LogProbs(*outputs)

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from ipvrm_core.chunked.select_candidates import select_candidates as chunked
+from ipvrm_core.dispatch import resolve
+from ipvrm_core.fused.select_candidates import select_candidates as fused
 from ipvrm_core.ops import checks
-from ipvrm_core.ops.dispatch import resolve
 from ipvrm_core.reference.candidates import select_candidates_from_logits as reference
 from ipvrm_core.reference.logprobs import head_logits
 from ipvrm_core.types import Candidates
@@ -29,9 +29,10 @@ def select_candidates(
 ) -> Candidates:
     """C_t = { v : pi(v | s_t) >= P_min } with pi = softmax((h W^T + b) / T) over the full vocabulary; no gradient.
 
-    hidden [N, D], weight [V, D], bias [V], sampled_ids [N] int64 -> Candidates: ids [N, K] ascending and padded with
-    -1, log-probs [N, K] (0 at padding), counts [N], sampled log-prob [N], entropy [N] (nats). K = floor(1 / P_min), or
-    top_k if that is less, one more with keep_sampled, at most V. N = 0 gives empty results.
+    hidden [N, D], weight [V, D], bias [V], sampled_ids [N] int64 -> Candidates in slots: ids [N, 1 + K], the sampled
+    token and then C_t, ascending and padded with -1; log-probs [N, 1 + K] (0 at padding), counts [N], entropy [N]
+    (nats). K = floor(1 / P_min), or top_k if that is less, one more with keep_sampled, at most V. N = 0 gives empty
+    results.
 
     strict: > instead of >=. top_k: only the k most probable members, the smaller id first among equals. keep_sampled:
     the sampled token is a member whatever its probability (an id < 0 is none). exclude [N] bool: rows with an empty
@@ -81,4 +82,4 @@ def _run(hidden, weight, bias, sampled_ids, rule, temperature, softcap, backend,
         return reference(logits, sampled_ids, **rule)
     options = rule | transform._asdict() | {"max_buffer_bytes": budget, "triton": backend == "triton"}
     options["temperatures"] = options.pop("temperatures_N")
-    return Candidates(*chunked(hidden, weight, bias, sampled_ids, **options))
+    return Candidates(*fused(hidden, weight, bias, sampled_ids, **options))

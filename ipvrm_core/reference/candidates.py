@@ -65,8 +65,8 @@ def select_candidates_from_logits(
     ids_NK = (~member_NV).to(torch.int8).argsort(dim=-1, stable=True)[:, :K]
     counts_N = member_NV.sum(-1)
     ids_NK = ids_NK.masked_fill(torch.arange(K, device=ids_NK.device) >= counts_N[:, None], -1)
-    sampled_N = gather_ids(logp_NV, sampled_ids_N[:, None])[:, 0]
-    return Candidates(ids_NK, gather_ids(logp_NV, ids_NK), counts_N, sampled_N, entropy(logp_NV))
+    ids_NS = torch.cat([sampled_ids_N[:, None], ids_NK], dim=1)
+    return Candidates(ids_NS, gather_ids(logp_NV, ids_NS), counts_N, entropy(logp_NV))
 
 
 def select_candidates(

@@ -52,7 +52,7 @@ def k3(log_ratio: Tensor) -> Tensor:
 def distrl_loss_from_logits(
     logits_NV: Tensor, batch: PolicyBatch, config: PolicyLossConfig | None = None
 ) -> PolicyLossOutput:
-    """L above, with its gradient by autograd. logits [N, V]; batch rows [N]; K = 0 or alpha = 0 leaves L_tok."""
+    """L above, with its gradient by autograd. logits [N, V]; batch rows [N]; one slot or alpha = 0 leaves L_tok."""
     config = config or PolicyLossConfig()
     temperature = config.temperature if batch.temperatures_N is None else batch.temperatures_N
     logp_NV = log_softmax(logits_NV.masked_fill(batch.masked_N[:, None], 0.0), temperature, config.softcap)
@@ -60,32 +60,34 @@ def distrl_loss_from_logits(
     token_w, candidate_w = batch.token_weights_N.to(wide), batch.candidate_weights_N.to(wide)
     live_N = token_w != 0  # rows masked out (weight 0) may hold anything: 0 * inf must not reach the sums
 
-    logp_N = gather_ids(logp_NV, batch.sampled_ids_N[:, None])[:, 0]
-    log_ratio_N = torch.where(live_N, logp_N - batch.old_logprobs_N.to(wide), 0.0)
+    logp_NS = gather_ids(logp_NV, batch.ids_NS)
+    old_NS = logp_NS.detach() if batch.old_logprobs_NS is None else batch.old_logprobs_NS.to(wide)
+    advantages_NS = batch.advantages_NS.to(wide)
+    logp_N = logp_NS[:, 0]
+    log_ratio_N = torch.where(live_N, logp_N - old_NS[:, 0], 0.0)
     loss_N, clipped_N = ppo_terms(
         log_ratio_N,
-        torch.where(live_N, batch.advantages_N.to(wide), 0.0),
+        torch.where(live_N, advantages_NS[:, 0], 0.0),
         config.clip_low,
         config.clip_high,
         config.dual_clip,
     )
-    valid_NK = (batch.candidate_ids_NK >= 0) & (candidate_w != 0)[:, None]
-    old_NK = batch.candidate_old_logprobs_NK.to(wide)
-    pi_old_NK = torch.where(valid_NK, old_NK.exp(), torch.zeros_like(old_NK))
+    valid_NK = (batch.ids_NS[:, 1:] >= 0) & (candidate_w != 0)[:, None]
+    mass_NK = torch.where(valid_NK, old_NS[:, 1:].exp(), 0.0) * candidate_w[:, None]
     loss_NK, clipped_NK = ppo_terms(
-        torch.where(valid_NK, gather_ids(logp_NV, batch.candidate_ids_NK) - old_NK, 0.0),
-        torch.where(valid_NK, batch.candidate_advantages_NK.to(wide), 0.0),
+        torch.where(valid_NK, (logp_NS - old_NS)[:, 1:], 0.0),
+        torch.where(valid_NK, advantages_NS[:, 1:], 0.0),
         config.candidate_clip_low,
         config.candidate_clip_high,
         config.candidate_dual_clip,
     )
-    mass_NK = pi_old_NK * candidate_w[:, None]
-    entropy_N = entropy(logp_NV)
+    entropy_N = torch.where(live_N, entropy(logp_NV), 0.0)
     sampled, dist = (token_w * loss_N).sum(), (mass_NK * loss_NK).sum()
     loss = sampled + config.alpha * dist
     kl_ref = loss.new_zeros(())
     if batch.ref_logprobs_N is not None:
-        kl_ref = (token_w * k3(torch.where(live_N, batch.ref_logprobs_N.to(wide) - logp_N, 0.0))).sum()
+        kl_N = k3(torch.where(live_N, batch.ref_logprobs_N.to(wide) - logp_N, 0.0))
+        kl_ref = (token_w * (bounded_exp(log_ratio_N) * kl_N if config.kl_ratio else kl_N)).sum()
     elif config.kl_coef:
         raise ValueError("kl_coef > 0 needs batch.ref_logprobs_N; got None")
     if config.kl_coef:

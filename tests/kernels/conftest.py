@@ -9,6 +9,10 @@ import torch
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS asks for it in deterministic mode
 GPU = torch.cuda.is_available()
 INTERPRETER = os.environ.get("TRITON_INTERPRET") == "1"
+if INTERPRETER:
+    from ipvrm_core.bench.interpreter import patch_once
+
+    patch_once()
 
 
 def pytest_collection_modifyitems(items):

@@ -5,9 +5,10 @@ import torch
 
 from ipvrm_core.kernels.moments import group_moments
 from ipvrm_core.kernels.segments import launch
-from ipvrm_core.ops import segments as ops
 from ipvrm_core.packing import cu_seqlens_from_lengths
-from ipvrm_core.reference import segments as reference
+from ipvrm_core.sequences import torch_segments as reference
+from ipvrm_core.sequences import triton_segments as ops
+from ipvrm_core.sequences.segments import expand
 
 
 @pytest.fixture
@@ -22,12 +23,12 @@ def batch(device):
     cu = cu_seqlens_from_lengths(torch.tensor(lengths)).to(device)
     # A level for each sequence, so that mean_b - mean matters, and far from 0, so that E[x^2] - E[x]^2 would not do.
     level_B = 100 + torch.randn(len(lengths), device=device)
-    x = torch.randn(int(cu[-1]), device=device) + reference.expand(level_B, cu, int(cu[-1]))
+    x = torch.randn(int(cu[-1]), device=device) + expand(level_B, cu, int(cu[-1]))
     return x, cu, torch.tensor(groups, device=device)
 
 
 def within(x, cu, groups, label):
-    return x[reference.expand(groups, cu, len(x)) == label]
+    return x[expand(groups, cu, len(x)) == label]
 
 
 def test_against_float64(batch):

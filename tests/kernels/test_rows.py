@@ -5,6 +5,7 @@ of hidden states and whole backward passes are in tests/ops, on the public funct
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -127,29 +128,16 @@ def make_batch(V: int, device, rows: int = N) -> ic.PolicyBatch:
     ids, weights = make_ids(V, device, rows), torch.rand(2, rows).to(device)
     weights[0, 2], weights[1, 3], weights[:, 4] = 0, 0, 0
     old, advantages = -torch.rand(rows, K).to(device), torch.randn(rows, K).to(device)
-    return ic.PolicyBatch(
-        ids[:, 0],
-        old[:, 0],
-        advantages[:, 0],
-        weights[0],
-        ids[:, 1:],
-        old[:, 1:],
-        advantages[:, 1:],
-        weights[1],
-        old[:, 0],
-    )
+    return ic.PolicyBatch(ids, old, advantages, *weights, old[:, 0])
 
 
 def run_policy(x: Tensor, out: Tensor | None, batch: ic.PolicyBatch) -> Tensor:
-    slots = (
-        (batch.old_logprobs_N, batch.candidate_old_logprobs_NK),
-        (batch.advantages_N, batch.candidate_advantages_NK),
-    )
     return policy_rows(
         x,
         out,
-        batch.ids_NK,
-        *(torch.cat([one[:, None], more], dim=1) for one, more in slots),
+        batch.ids_NS,
+        batch.old_logprobs_NS,
+        batch.advantages_NS,
         batch.token_weights_N,
         batch.candidate_weights_N,
         batch.ref_logprobs_N,
@@ -174,12 +162,11 @@ def policy_reference(batch: ic.PolicyBatch):
 @pytest.mark.parametrize("kind", KINDS)
 def test_policy_rows(kind, V, device):
     x, batch = make_logits(kind, V, device), make_batch(V, device)
-    batch.sampled_ids_N[5] = -1  # log-prob 0 and no gradient, also where the row has weight
+    batch.ids_NS[5, 0] = -1  # log-prob 0 and no gradient, also where the row has weight
     # The old policy is near the new one, so that ratios lie on both sides of the clip bounds.
-    near, *_ = row_logprobs(x, batch.ids_NK)
+    near, *_ = row_logprobs(x, batch.ids_NS)
     noise = 0.3 * torch.randn(N, K).to(device)
-    batch.old_logprobs_N.copy_((near + noise)[:, 0])
-    batch.candidate_old_logprobs_NK.copy_((near + noise)[:, 1:])
+    batch.old_logprobs_NS.copy_(near + noise)
     out = torch.empty_like(x)
     metrics = run_policy(x, out, batch)
     same, truth = reference(policy_reference(batch), x)
@@ -193,7 +180,7 @@ def test_float32_logits_become_a_bfloat16_gradient_in_their_own_memory(device):
     """The interpreter cuts to bfloat16 instead of rounding, so the bound is a whole unit of the last place."""
     V = 1000
     x, batch = make_logits("peaked", V, device), make_batch(V, device)
-    ids = batch.ids_NK
+    ids = batch.ids_NS
     apart, c = torch.empty_like(x), torch.randn(N, K).to(device)
     run_policy(x, apart, batch)
     shared = x.clone()
@@ -220,7 +207,7 @@ def test_in_place_is_the_same(device):
 def test_half_precision_logits_are_read_exactly(dtype, device):
     x, batch = make_logits("flat", 300, device).to(dtype), make_batch(300, device)
     assert torch.equal(run_policy(x, None, batch), run_policy(x.float(), None, batch))
-    assert all(map(torch.equal, row_logprobs(x, batch.ids_NK), row_logprobs(x.float(), batch.ids_NK)))
+    assert all(map(torch.equal, row_logprobs(x, batch.ids_NS), row_logprobs(x.float(), batch.ids_NS)))
 
 
 def test_rows_apart_in_memory_leave_what_lies_between(device):
@@ -242,8 +229,7 @@ def test_masked_rows_are_not_read(device):
     clean, want = torch.empty_like(x), run_policy(x, None, batch)
     run_policy(x, clean, batch)
     x[4] = math.nan
-    batch.sampled_ids_N[4] = 10**6
-    batch.old_logprobs_N[4] = batch.candidate_old_logprobs_NK[4] = -math.inf
+    batch.ids_NS[4, 0], batch.old_logprobs_NS[4] = 10**6, -math.inf
     out = torch.empty_like(x)
     assert torch.equal(run_policy(x, out, batch), want)
     assert torch.equal(out, clean)
@@ -253,7 +239,7 @@ def test_an_id_beyond_the_vocabulary_shows(device):
     """It reads no foreign memory and makes the row's results NaN, and only that row's."""
     V = 300
     x, batch = make_logits("flat", V, device), make_batch(V, device)
-    batch.sampled_ids_N[0] = V
+    batch.ids_NS[0, 0] = V
     metrics = run_policy(x, None, batch)
     assert metrics[0, 0].isnan()
     assert not metrics[1:].isnan().any()
@@ -273,9 +259,9 @@ def test_candidates(p_min, kind, V, device):
         x, sampled, slots, threshold=ref_candidates.log_threshold(p_min)
     )
     same, truth = reference(lambda z: ref_candidates.select_candidates_from_logits(z, sampled.cpu(), p_min), x)
-    assert torch.equal(ids.cpu(), truth.ids_NK)
+    assert torch.equal(ids.cpu(), truth.ids_NS[:, 1:])
     assert torch.equal(counts.cpu(), truth.counts_N)
-    close(logprobs, same.logprobs_NK, truth.logprobs_NK, 1e-6)
+    close(logprobs, same.logprobs_NS[:, 1:], truth.logprobs_NS[:, 1:], 1e-6)
     close(sampled_logprobs, same.sampled_logprobs_N, truth.sampled_logprobs_N, 1e-6)
     close(entropy, same.entropy_N, truth.entropy_N, 1e-6)
 
@@ -325,12 +311,7 @@ def test_minus_infinity(device):
     x, batch = make_logits("flat", V, device), make_batch(V - 200, device)
     x[:, :200] = -math.inf
     cut = x[:, 200:].contiguous()
-    shifted = ic.PolicyBatch(
-        *(
-            value + 200 * (value >= 0) if value.dtype == torch.int64 else value
-            for value in (getattr(batch, name) for name in list(batch.__dataclass_fields__)[:9])
-        )
-    )
+    shifted = replace(batch, ids_NS=batch.ids_NS + 200 * (batch.ids_NS >= 0))
     out, want = torch.empty_like(x), torch.empty_like(cut)
     torch.testing.assert_close(run_policy(x, out, shifted), run_policy(cut, want, batch), rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(out[:, 200:], want, rtol=1e-5, atol=1e-7)
@@ -377,7 +358,7 @@ def test_the_same_bits_twice(device):
     for _ in range(2):
         out = torch.empty_like(x)
         runs.append(
-            [run_policy(x, out, batch), out, *candidate_rows(x, batch.sampled_ids_N, 10, threshold=math.log(0.1))]
+            [run_policy(x, out, batch), out, *candidate_rows(x, batch.ids_NS[:, 0], 10, threshold=math.log(0.1))]
         )
     assert all(map(torch.equal, *runs))
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from ipvrm_core.kernels import segments as kernels
-from ipvrm_core.ops import segments as ops
 from ipvrm_core.packing import cu_seqlens_from_lengths
-from ipvrm_core.reference import segments as reference
+from ipvrm_core.sequences import torch_segments as reference
+from ipvrm_core.sequences import triton_segments as ops
 
 DECAYS = [1.0, 0.95, 0.0]
 DIRECTIONS = pytest.mark.parametrize("reverse", [False, True])

@@ -5,6 +5,11 @@ import os
 import pytest
 import torch
 
+if os.environ.get("TRITON_INTERPRET") == "1":
+    from ipvrm_core.bench.interpreter import patch_once
+
+    patch_once()
+
 
 @pytest.fixture(autouse=True)
 def default_device():

@@ -4,13 +4,14 @@ The error criterion, truth being the reference in float64: |truth - ours| <= 2 |
 "torch in the same dtype" is F.linear in that dtype, then log_softmax in float32 and autograd.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 import ipvrm_core as ic
+from ipvrm_core.bench.inputs import make_inputs
 from ipvrm_core.reference import logprobs as ref_logprobs
 from ipvrm_core.reference import policy_loss as ref_loss
 
@@ -40,37 +41,14 @@ class Problem:
 def make_problem(
     N, D, V, K, *, dtype=torch.float32, bias=True, scale=3.0, shift=0.0, temperature=1.0, softcap=None
 ) -> Problem:
-    """Ratios spread over 0.5..2; every fourth candidate is padding; slot 0 repeats the sampled id in odd rows.
+    """`make_inputs` of bench/: ratios of 0.5 to 2, a quarter of the candidates padding, some rows masked.
 
     temperature "rows": one a row, from 0.5 to 2, in the batch.
     """
-    torch.manual_seed(0)
-    hidden, weight, bias_V = torch.randn(N, D) * scale / D**0.5, torch.randn(V, D), torch.randn(V) + shift
-    head = Problem(hidden, weight, bias_V if bias else None, None).to(dtype).to(torch.float64)
-    sampled = torch.randint(V, (N,))
-    candidates = torch.randint(V, (N, K)).where(torch.rand(N, K) > 0.25, -1)
-    if K:
-        candidates[1::2, 0] = sampled[1::2]
-    ids = torch.cat([sampled[:, None], candidates], dim=1)
-    temperatures = torch.linspace(0.5, 2.0, N) if temperature == "rows" else None
-    transform = {"temperature": temperature if temperatures is None else temperatures, "softcap": softcap}
-    with torch.no_grad():
-        logits = F.linear(head.hidden, head.weight, head.bias)
-        logp = ref_logprobs.logprobs_from_logits(logits, ids, **transform).logprobs_NK
-    old = (logp + 0.4 * torch.randn(N, 1 + K)).masked_fill(ids < 0, 0.0)
-    batch = ic.PolicyBatch(
-        sampled_ids_N=sampled,
-        old_logprobs_N=old[:, 0],
-        advantages_N=torch.randn(N),
-        token_weights_N=torch.rand(N) / N * (torch.rand(N) > 0.2),
-        candidate_ids_NK=candidates,
-        candidate_old_logprobs_NK=old[:, 1:],
-        candidate_advantages_NK=torch.randn(N, K),
-        candidate_weights_N=torch.rand(N) / N * (torch.rand(N) > 0.2),
-        ref_logprobs_N=old[:, 0] + 0.3 * torch.randn(N),
-        temperatures_N=temperatures,
-    )
-    return replace(head.to(dtype), batch=batch)
+    config = ic.PolicyLossConfig(temperature=1.0 if temperature == "rows" else temperature, softcap=softcap)
+    options = {"bias": bias, "scale": scale, "shift": shift, "row_temperatures": temperature == "rows"}
+    made = make_inputs(N, D, V, K, torch.get_default_device(), dtype, config=config, **options)
+    return Problem(made.hidden, made.weight, made.bias, made.batch)
 
 
 def assert_no_worse(ours: list[Tensor], torch_same: list[Tensor], truth: list[Tensor], tolerance: float) -> None:
@@ -138,7 +116,7 @@ def logprobs_and_gradients(output: ic.LogProbs, inputs: list[Tensor], use: str) 
 
 
 def check_logprobs(problem: Problem, temperature, use="all", tolerance=None, softcap=None, **options) -> None:
-    wide, ids = problem.to(torch.float64), problem.batch.ids_NK
+    wide, ids = problem.to(torch.float64), problem.batch.ids_NS
     transform = {"temperature": temperature, "softcap": softcap}
     naive_logits = F.linear(problem.hidden, problem.weight, problem.bias)
     naive = logprobs_and_gradients(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 import ipvrm_core as ic
-from ipvrm_core.ops.dispatch import why_no_triton
+from ipvrm_core.dispatch import why_no_triton
 from ipvrm_core.reference import logprobs as ref_logprobs
 from tests.ops.problems import (
     CONFIGS,
@@ -48,7 +48,7 @@ def test_a_temperature_for_every_row(softcap, dtype):
 def test_td_errors(dtype):
     """beta = 10 times a difference of log-probs, from the model's own products; 0 at padding, whatever stands there."""
     problem = make_problem(*SHAPES[0], dtype=dtype, bias=True)
-    ids, wide = problem.batch.ids_NK, problem.to(torch.float64)
+    ids, wide = problem.batch.ids_NS, problem.to(torch.float64)
     old = torch.randn(ids.shape).masked_fill(ids < 0, math.inf)
     heads = [(x.hidden, x.weight, x.bias) for x in (problem, wide)]
     options = {"temperature": 0.7, "softcap": 6.0, "max_buffer_bytes": 16 * 101 * 8}
@@ -142,7 +142,7 @@ def test_from_logits_equals_the_reference_on_the_same_logits(dtype):
         loss = ic.distrl_loss_from_logits(logits, problem.batch, config, backend=backend, max_buffer_bytes=5000)
         out += loss_and_gradients(loss, [logits], -2.0)
         rows = ic.logprobs_from_logits(
-            logits, problem.batch.ids_NK, temperature=0.7, backend=backend, max_buffer_bytes=5000
+            logits, problem.batch.ids_NS, temperature=0.7, backend=backend, max_buffer_bytes=5000
         )
         out += logprobs_and_gradients(rows, [logits], "all")
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float64: 1e-12}[dtype]
@@ -163,7 +163,7 @@ def test_partial_gradients(function, trained):
         if function == "loss":
             total = ic.distrl_loss(problem.hidden, problem.weight, problem.batch, bias=problem.bias).loss
         else:
-            total = ic.linear_logprobs(problem.hidden, problem.weight, problem.batch.ids_NK, bias=problem.bias)[0].sum()
+            total = ic.linear_logprobs(problem.hidden, problem.weight, problem.batch.ids_NS, bias=problem.bias)[0].sum()
         total.backward()
         gradients[wanted] = {name: getattr(problem, name).grad for name in ("hidden", "weight", "bias")}
     full = gradients["hidden", "weight", "bias"]
@@ -196,7 +196,7 @@ def test_results_do_not_depend_on_the_budget(budget):
     for max_buffer_bytes in (None, budget):
         options = {"bias": problem.bias, "max_buffer_bytes": max_buffer_bytes}
         loss = ic.distrl_loss(problem.hidden, problem.weight, problem.batch, config, **options)
-        rows = ic.linear_logprobs(problem.hidden, problem.weight, problem.batch.ids_NK, **options)
+        rows = ic.linear_logprobs(problem.hidden, problem.weight, problem.batch.ids_NS, **options)
         results.append(
             [*loss_and_gradients(loss, problem.inputs, 1.0), *logprobs_and_gradients(rows, problem.inputs, "all")]
         )
@@ -209,7 +209,7 @@ def test_a_row_does_not_depend_on_the_other_rows():
     problem = make_problem(40, 16, 301, 5)
     other = problem.hidden.detach().clone()
     other[1:] = 100 * torch.randn_like(other[1:])
-    first, second = (ic.linear_logprobs(h, problem.weight, problem.batch.ids_NK) for h in (problem.hidden, other))
+    first, second = (ic.linear_logprobs(h, problem.weight, problem.batch.ids_NS) for h in (problem.hidden, other))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a[0], b[0])
 
@@ -227,7 +227,7 @@ def test_a_row_does_not_depend_on_the_size_of_the_batch():
 
     def run(rows):
         hidden = problem.hidden.detach()[rows].requires_grad_()
-        found = ic.linear_logprobs(hidden, problem.weight.detach(), problem.batch.ids_NK[rows], **options)
+        found = ic.linear_logprobs(hidden, problem.weight.detach(), problem.batch.ids_NS[rows], **options)
         loss = ic.distrl_loss(hidden, problem.weight.detach(), problem.batch.rows(rows), config, **options).loss
         return [*found, *torch.autograd.grad(loss, hidden)]
 
@@ -263,7 +263,7 @@ def test_non_contiguous_inputs():
     given = {f.name: getattr(problem.batch, f.name) for f in fields(problem.batch)}
     values = {name: x for name, x in given.items() if x is not None}
     batch = ic.PolicyBatch(**{name: torch.stack([x, x], dim=-1)[..., 0] for name, x in values.items()})
-    assert not any(x.is_contiguous() for x in (hidden, weight, batch.advantages_N, batch.candidate_ids_NK))
+    assert not any(x.is_contiguous() for x in (hidden, weight, batch.advantages_NS, batch.ids_NS))
     got = loss_and_gradients(ic.distrl_loss(hidden, weight, batch), [hidden, weight], 1.0)
     for one, other in zip(got, expected, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
@@ -278,7 +278,7 @@ def test_gradcheck(temperature):
         return ic.distrl_loss(hidden, weight, problem.batch, config, bias=bias, max_buffer_bytes=2 * 8 * 7 * 2).loss
 
     def rows(hidden, weight, bias):
-        return tuple(ic.linear_logprobs(hidden, weight, problem.batch.ids_NK, bias=bias, temperature=temperature))
+        return tuple(ic.linear_logprobs(hidden, weight, problem.batch.ids_NS, bias=bias, temperature=temperature))
 
     assert torch.autograd.gradcheck(loss, problem.inputs)
     assert torch.autograd.gradcheck(rows, problem.inputs)

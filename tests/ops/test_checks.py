@@ -18,10 +18,9 @@ def head():
 
 @pytest.fixture
 def batch():
-    return ic.PolicyBatch(
-        torch.arange(N), torch.zeros(N), torch.ones(N), torch.ones(N), torch.zeros(N, K, dtype=torch.int64),
-        torch.zeros(N, K), torch.ones(N, K), torch.ones(N),
-    )  # fmt: skip
+    ids = torch.zeros(N, 1 + K, dtype=torch.int64)
+    ids[:, 0] = torch.arange(N)
+    return ic.PolicyBatch(ids, torch.zeros(N, 1 + K), torch.ones(N, 1 + K), torch.ones(N), torch.ones(N))
 
 
 IDS = torch.zeros(N, K, dtype=torch.int64)
@@ -86,10 +85,10 @@ def test_select_candidates_refuses(head, change, message, backend):
 def test_distrl_loss_refuses(head, batch, backend):
     with pytest.raises(ValueError, match=r"kl_coef > 0 needs batch.ref_logprobs_N; got None"):
         ic.distrl_loss(*head, batch, ic.PolicyLossConfig(kl_coef=0.1), backend=backend)
-    with pytest.raises(ValueError, match=r"sampled_ids_N must be int64 \[N = 3\]"):
+    with pytest.raises(ValueError, match=r"ids_NS must be int64 \[N = 3, K\]"):
         ic.distrl_loss(head[0][:3], head[1], batch, backend=backend)
-    with pytest.raises(ValueError, match="candidate_ids_NK must be below V = 11; got 50"):
-        ic.distrl_loss(*head, replace(batch, candidate_ids_NK=torch.full((N, K), 50)), backend=backend)
+    with pytest.raises(ValueError, match="ids_NS must be below V = 11; got 50"):
+        ic.distrl_loss(*head, replace(batch, ids_NS=torch.full((N, 1 + K), 50)), backend=backend)
     with pytest.raises(ValueError, match=r"logits must be \[N, V\]; got shape \(44,\)"):
         ic.distrl_loss_from_logits(torch.zeros(N * V), batch, backend=backend)
 
@@ -103,7 +102,7 @@ def test_values_on_a_gpu_are_checked_on_demand(head):
 
 
 def test_td_errors_refuse(head):
-    with pytest.raises(ValueError, match=r"old_logprobs must be floating point \[N, K\] = \(4, 2\); got .* \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"old_logprobs must be floating point \[N, S\] = \(4, 2\); got .* \(4, 3\)"):
         ic.linear_td_errors(*head, IDS, torch.zeros(N, 3), 10.0)
 
 

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 import ipvrm_core as ic
 from tests.ops.problems import CONFIGS, Problem, loss_and_gradients, make_problem
+from tests.slots import branches, change
 
 
 def test_given_logits_are_not_written_to():
@@ -16,8 +17,8 @@ def test_given_logits_are_not_written_to():
     logits = torch.randn(8, 33)
     before = logits.clone()
     ic.distrl_loss_from_logits(logits.requires_grad_(), problem.batch).loss.backward()
-    ic.logprobs_from_logits(logits, problem.batch.ids_NK).logprobs_NK.sum().backward()
-    ic.select_candidates_from_logits(logits, problem.batch.sampled_ids_N)
+    ic.logprobs_from_logits(logits, problem.batch.ids_NS).logprobs_NK.sum().backward()
+    ic.select_candidates_from_logits(logits, problem.batch.ids_NS[:, 0])
     assert torch.equal(logits, before)
 
 
@@ -40,11 +41,11 @@ def test_all_rows_masked_and_no_candidates_left():
     """Zero weights: zero loss and exactly zero gradients, also where ids are padding everywhere."""
     problem = make_problem(9, 6, 65, 4)
     batch = problem.batch
-    batch = replace(
+    batch = change(
         batch,
         token_weights_N=torch.zeros(9),
         candidate_weights_N=torch.ones(9),
-        candidate_ids_NK=torch.full_like(batch.candidate_ids_NK, -1),
+        candidate_ids_NK=torch.full_like(batch.ids_NS[:, 1:], -1),
     )
     output = ic.distrl_loss(problem.hidden, problem.weight, batch, CONFIGS["everything"], bias=problem.bias)
     assert output.loss.item() == 0.0
@@ -54,12 +55,12 @@ def test_all_rows_masked_and_no_candidates_left():
 def test_junk_in_padded_slots_is_never_read():
     """The log-probs and advantages under a padded id may be anything, NaN and inf too."""
     problem = make_problem(9, 6, 65, 4)
-    batch, padding = problem.batch, problem.batch.candidate_ids_NK < 0
+    batch, padding = problem.batch, problem.batch.ids_NS[:, 1:] < 0
     assert padding.any()
-    junk = replace(
+    junk = change(
         batch,
-        candidate_old_logprobs_NK=batch.candidate_old_logprobs_NK.masked_fill(padding, math.inf),
-        candidate_advantages_NK=batch.candidate_advantages_NK.masked_fill(padding, math.nan),
+        candidate_old_logprobs_NK=batch.old_logprobs_NS[:, 1:].masked_fill(padding, math.inf),
+        candidate_advantages_NK=batch.advantages_NS[:, 1:].masked_fill(padding, math.nan),
     )
     results = [
         loss_and_gradients(ic.distrl_loss(problem.hidden, problem.weight, b, bias=problem.bias), problem.inputs, 1.0)
@@ -83,11 +84,11 @@ def masked_and_garbage() -> tuple[Problem, Problem]:
         "candidate_advantages_NK": math.nan,
         "temperatures_N": 0.0,
     }
-    fields = {name: getattr(clean, name) for name in junk}
+    fields = {name: branches(clean)[name] for name in junk}
     garbage = {name: x.masked_fill(dead.view(-1, *[1] * (x.dim() - 1)), junk[name]) for name, x in fields.items()}
     hidden = problem.hidden.detach().clone()
     hidden[2], hidden[5] = math.nan, math.inf
-    dirty = replace(problem, hidden=hidden.requires_grad_(), batch=replace(clean, **garbage))
+    dirty = replace(problem, hidden=hidden.requires_grad_(), batch=change(clean, **garbage))
     return replace(problem, batch=clean), dirty
 
 
@@ -136,8 +137,8 @@ def test_an_exponential_that_would_overflow(extreme, dual_clip, backend):
     x_NV, weights_N = torch.tensor([logits] * 3, requires_grad=True), torch.tensor([0.5, 0.25, 2.0])
     advantages_N, ids_N = torch.tensor([-1.5, 0.0, 1.5]), torch.zeros(3, dtype=torch.int64)
     old_N, ref_N = torch.full((3,), old), torch.full((3,), ref)
-    candidates = (ids_N[:, None], old_N[:, None], advantages_N[:, None], weights_N)
-    batch = ic.PolicyBatch(ids_N, old_N, advantages_N, weights_N, *candidates, ref_N)
+    slots = (torch.stack([x_N, x_N], dim=1) for x_N in (ids_N, old_N, advantages_N))
+    batch = ic.PolicyBatch(*slots, weights_N, weights_N, ref_N)
 
     p_V = x_NV[0].detach().double().softmax(-1)
     log_ratio, log_ref = min(p_V[0].log().item() - old, 40.0), min(ref - p_V[0].log().item(), 40.0)
@@ -167,11 +168,9 @@ def test_coefficients_of_equal_ids_add():
     """One row, the sampled token also twice among the candidates: dL/dz by hand."""
     logits = torch.tensor([[math.log(x) for x in (1.0, 2.0, 3.0, 4.0)]], dtype=torch.float64, requires_grad=True)
     logp = logits.detach().log_softmax(-1)
-    ids = torch.tensor([[2, 2]])
     one = torch.ones(1, dtype=torch.float64)
-    batch = ic.PolicyBatch(
-        torch.tensor([2]), logp[:, 2], 2 * one, one, ids, logp[:, [2, 2]], torch.tensor([[5.0, -1.0]]).double(), one
-    )
+    ids = torch.tensor([[2, 2, 2]])
+    batch = ic.PolicyBatch(ids, logp[:, [2, 2, 2]], torch.tensor([[2.0, 5.0, -1.0]]).double(), one, one)
     ic.distrl_loss_from_logits(logits, batch, ic.PolicyLossConfig(alpha=0.5)).loss.backward()
     # c = -rho A w: -2 for the sampled slot, 0.5 * 0.3 * (-5 + 1) = -0.6 for the candidates; dL/dz = c (onehot - p)
     expected = -2.6 * (torch.tensor([[0.0, 0.0, 1.0, 0.0]]) - torch.tensor([[0.1, 0.2, 0.3, 0.4]]))
@@ -184,7 +183,7 @@ def test_temperatures_of_any_dtype(dtype):
     problem = make_problem(9, 6, 65, 4)
     temperatures = torch.arange(2, 11) / 4
     results = [
-        ic.linear_logprobs(problem.hidden, problem.weight, problem.batch.ids_NK, temperature=t)
+        ic.linear_logprobs(problem.hidden, problem.weight, problem.batch.ids_NS, temperature=t)
         for t in (temperatures, temperatures.to(dtype))
     ]
     assert all(map(torch.equal, *results))

@@ -20,13 +20,13 @@ def head(N=45, D=6, V=211, dtype=torch.float32, scale=4.0):
 
 
 def assert_same(got: ic.Candidates, want: ic.Candidates, tolerance: float) -> None:
-    assert torch.equal(got.ids_NK, want.ids_NK)
+    assert torch.equal(got.ids_NS, want.ids_NS)
     assert torch.equal(got.counts_N, want.counts_N)
-    for name in ("logprobs_NK", "sampled_logprobs_N", "entropy_N"):
+    for name in ("logprobs_NS", "entropy_N"):
         ours, reference = getattr(got, name), getattr(want, name)
         assert ours.dtype == reference.dtype
         torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
-    assert (got.logprobs_NK[got.ids_NK < 0] == 0).all()
+    assert (got.logprobs_NS[:, 1:][got.ids_NS[:, 1:] < 0] == 0).all()
 
 
 RULES = [
@@ -48,7 +48,7 @@ def test_rules(p_min, rule, dtype):
     )
     if rule["top_k"] != 0:
         assert (want.counts_N > 0).any()  # the case says something
-    assert (got.ids_NK[exclude] == -1).all()
+    assert (got.ids_NS[:, 1:][exclude] == -1).all()
     assert_same(got, want, 1e-12 if dtype == torch.float64 else 2e-5)
 
 
@@ -88,8 +88,8 @@ def test_equal_probabilities_keep_the_smaller_ids(top_k, ids):
     logits = torch.full((1, 8), math.log(0.01), dtype=torch.float64)
     logits[0, [1, 3, 4, 6]] = math.log(0.24)
     got = ic.select_candidates_from_logits(logits, torch.tensor([0]), 0.2, top_k=top_k)
-    assert got.ids_NK[0].tolist() == [i for i in ids if i >= 0] + [-1] * (
-        got.ids_NK.shape[1] - sum(i >= 0 for i in ids)
+    assert got.ids_NS[:, 1:][0].tolist() == [i for i in ids if i >= 0] + [-1] * (
+        got.ids_NS[:, 1:].shape[1] - sum(i >= 0 for i in ids)
     )
     assert got.counts_N.tolist() == [sum(i >= 0 for i in ids)]
 
@@ -119,7 +119,7 @@ def test_threshold_met_exactly(dtype, backend):
             )
             assert got.counts_N.tolist() == ([0, 0] if strict else [n, n]), n
             if not strict:
-                assert got.ids_NK.tolist() == [list(range(n)), list(range(2, n + 2))]
+                assert got.ids_NS[:, 1:].tolist() == [list(range(n)), list(range(2, n + 2))]
 
 
 @pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
@@ -127,7 +127,7 @@ def test_padding_as_the_sampled_token(backend):
     """keep_sampled has nothing to keep there."""
     logits = torch.tensor([[3.0, 2.9, -5.0], [9.0, 0.0, 0.0]])
     got = ic.select_candidates_from_logits(logits, torch.tensor([-1, 1]), 0.4, keep_sampled=True, backend=backend)
-    assert got.ids_NK.tolist() == [[0, 1, -1], [0, 1, -1]]
+    assert got.ids_NS[:, 1:].tolist() == [[0, 1, -1], [0, 1, -1]]
     assert got.counts_N.tolist() == [2, 2]
     assert got.sampled_logprobs_N[0] == 0
 
@@ -135,7 +135,7 @@ def test_padding_as_the_sampled_token(backend):
 def test_p_min_one_keeps_certain_tokens_only():
     logits = torch.tensor([[0.0, -math.inf, -math.inf], [0.0, 0.0, -math.inf]])
     got = ic.select_candidates_from_logits(logits, torch.tensor([1, 0]), 1.0)
-    assert got.ids_NK.tolist() == [[0], [-1]]
+    assert got.ids_NS[:, 1:].tolist() == [[0], [-1]]
     assert got.sampled_logprobs_N[0] == -math.inf
     torch.testing.assert_close(got.entropy_N, torch.tensor([0.0, math.log(2)]))
 

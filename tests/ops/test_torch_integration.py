@@ -5,16 +5,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import ipvrm_core as ic
-from ipvrm_core.chunked.distrl_loss import distrl_loss as distrl_loss_op
-from ipvrm_core.chunked.distrl_loss import pack_batch, pack_config
-from ipvrm_core.chunked.head import rows_per_chunk
-from ipvrm_core.chunked.linear_logprobs import linear_logprobs as linear_logprobs_op
-from ipvrm_core.chunked.linear_logprobs import linear_logprobs_backward as backward_op
-from ipvrm_core.chunked.rows import TorchRows
-from ipvrm_core.chunked.select_candidates import select_candidates as select_candidates_op
-from ipvrm_core.chunked.td_errors import linear_td_errors as td_errors_op
-from ipvrm_core.chunked.transform import LogitTransform
-from ipvrm_core.ops.dispatch import why_no_triton
+from ipvrm_core.dispatch import why_no_triton
+from ipvrm_core.fused.distrl_loss import distrl_loss as distrl_loss_op
+from ipvrm_core.fused.distrl_loss import pack_batch, pack_config
+from ipvrm_core.fused.head import rows_per_chunk
+from ipvrm_core.fused.linear_logprobs import linear_logprobs as linear_logprobs_op
+from ipvrm_core.fused.linear_logprobs import linear_logprobs_backward as backward_op
+from ipvrm_core.fused.rows import TorchRows
+from ipvrm_core.fused.select_candidates import select_candidates as select_candidates_op
+from ipvrm_core.fused.td_errors import linear_td_errors as td_errors_op
+from ipvrm_core.fused.transform import LogitTransform
 
 N, D, V, K = 20, 6, 67, 3
 CONFIG = ic.PolicyLossConfig(dual_clip=3.0, temperature=0.7, softcap=9.0, kl_coef=0.1, entropy_coef=0.1)
@@ -27,17 +27,8 @@ def inputs(dtype=torch.float32, weight_grad=True):
     weight = torch.randn(V, D, dtype=dtype, requires_grad=weight_grad)
     ids = torch.randint(-1, V, (N, K))
     old = -torch.rand(N, 1 + K) - 3
-    batch = ic.PolicyBatch(
-        torch.randint(V, (N,)),
-        old[:, 0],
-        torch.randn(N),
-        torch.rand(N),
-        ids,
-        old[:, 1:],
-        torch.randn(N, K),
-        torch.rand(N),
-        old[:, 0],
-    )
+    ids = torch.cat([torch.randint(V, (N, 1)), ids], dim=1)
+    batch = ic.PolicyBatch(ids, old, torch.randn(N, 1 + K), torch.rand(N), torch.rand(N), old[:, 0])
     return hidden, weight, batch
 
 
@@ -60,20 +51,20 @@ def test_opcheck(linear, bias):
     torch.library.opcheck(distrl_loss_op, (*head, *op_arguments(batch, need)))
     torch.library.opcheck(distrl_loss_op, (*frozen, *op_arguments(batch, [False] * 3)))
     settings = (0.7, None, 20.0, budget, TRITON)
-    torch.library.opcheck(linear_logprobs_op, (*head, batch.ids_NK, *settings))
-    _, _, *statistics = linear_logprobs_op(*frozen, batch.ids_NK, *settings)
+    torch.library.opcheck(linear_logprobs_op, (*head, batch.ids_NS, *settings))
+    _, _, *statistics = linear_logprobs_op(*frozen, batch.ids_NS, *settings)
     grads = (torch.randn(N, 1 + K), None, torch.randn(N))
-    torch.library.opcheck(backward_op, (*grads, *statistics, *frozen, batch.ids_NK, *settings, need))
-    torch.library.opcheck(td_errors_op, (*frozen, batch.ids_NK, torch.randn(N, 1 + K), 10.0, *settings))
+    torch.library.opcheck(backward_op, (*grads, *statistics, *frozen, batch.ids_NS, *settings, need))
+    torch.library.opcheck(td_errors_op, (*frozen, batch.ids_NS, torch.randn(N, 1 + K), 10.0, *settings))
     exclude = torch.arange(N) % 2 == 0
     rule = (0.1, False, 2, True)
-    torch.library.opcheck(select_candidates_op, (*frozen, batch.sampled_ids_N, exclude, *rule, *settings))
+    torch.library.opcheck(select_candidates_op, (*frozen, batch.ids_NS[:, 0], exclude, *rule, *settings))
 
 
 def all_functions(hidden, weight, batch, inplace=False):
     """One scalar through every public function; the candidates' log-probs are constants."""
-    rows = ic.linear_logprobs(hidden, weight, batch.ids_NK, temperature=0.7)
-    found = ic.select_candidates(hidden, weight, batch.sampled_ids_N, keep_sampled=True)
+    rows = ic.linear_logprobs(hidden, weight, batch.ids_NS, temperature=0.7)
+    found = ic.select_candidates(hidden, weight, batch.ids_NS[:, 0], keep_sampled=True)
     loss = ic.distrl_loss(hidden, weight, batch, CONFIG)
     from_logits = ic.distrl_loss_from_logits(hidden @ weight.t(), batch, CONFIG, inplace=inplace).loss
     return (
@@ -82,8 +73,8 @@ def all_functions(hidden, weight, batch, inplace=False):
         + rows.logprobs_NK.sum()
         + rows.entropy_N.sum()
         + from_logits
-        + (found.logprobs_NK.sum() + found.counts_N.sum())
-        + ic.linear_td_errors(hidden, weight, batch.ids_NK, batch.old_logprobs_N[:, None].expand(N, 1 + K), 10.0).sum()
+        + (found.logprobs_NS[:, 1:].sum() + found.counts_N.sum())
+        + ic.linear_td_errors(hidden, weight, batch.ids_NS, batch.old_logprobs_NS, 10.0).sum()
     )
 
 
@@ -108,7 +99,7 @@ def test_autocast_changes_nothing():
     def gradients():
         total = (
             ic.distrl_loss(hidden, weight, batch, CONFIG).loss
-            + ic.linear_logprobs(hidden, weight, batch.ids_NK)[0].sum()
+            + ic.linear_logprobs(hidden, weight, batch.ids_NS)[0].sum()
         )
         return torch.autograd.grad(total, [hidden, weight])
 
@@ -147,9 +138,9 @@ def test_nothing_of_size_tokens_times_vocabulary_is_made():
     rows = 4
     options = {"max_buffer_bytes": 4 * V * (rows + 1)}
     with LargestTensor() as largest:
-        ic.select_candidates(hidden, weight, batch.sampled_ids_N, **options)
+        ic.select_candidates(hidden, weight, batch.ids_NS[:, 0], **options)
         loss = ic.distrl_loss(hidden, weight, batch, CONFIG, **options).loss
-        (loss + ic.linear_logprobs(hidden, weight, batch.ids_NK, **options).entropy_N.sum()).backward()
+        (loss + ic.linear_logprobs(hidden, weight, batch.ids_NS, **options).entropy_N.sum()).backward()
     assert largest.numel == max(rows * V, V * D)
     with LargestTensor() as largest:  # the instrument sees what it is for
         ic.distrl_loss(hidden, weight, batch, CONFIG, backend="reference")
@@ -186,7 +177,7 @@ def test_second_derivatives_are_refused():
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(ic.distrl_loss(hidden, weight, batch).loss, hidden, create_graph=True)
     (first,) = torch.autograd.grad(
-        ic.linear_logprobs(hidden, weight, batch.ids_NK).logprobs_NK.sum(), hidden, create_graph=True
+        ic.linear_logprobs(hidden, weight, batch.ids_NS).logprobs_NK.sum(), hidden, create_graph=True
     )
     with pytest.raises(RuntimeError, match="autograd"):
         first.sum().backward()

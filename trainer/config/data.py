@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from ipvrm_core.trainer.benchmarks import PRESETS, preset_settings
 from ipvrm_core.trainer.config.base import Positive, Section
 from ipvrm_core.trainer.data.files import SUFFIXES, compiled, data_suffix
+from ipvrm_core.trainer.data.known_sets import KNOWN_SETS, preset_settings
 from ipvrm_core.trainer.data.tasks import make_task
 
 
@@ -15,16 +15,16 @@ class Source(Section):
 
     task: str | None = Field(None, description="chain | let_graph")
     task_args: dict[str, int] = Field({}, description="difficulty, e.g. {min_ops = 4, max_ops = 8}")
-    path: str | None = None
+    path: str | None = Field(None, description="a file, or the name of a data set")
     config: str | None = Field(None, description="which configuration, for a data set by name")
     split: str | None = Field(None, description="which split, for a data set by name")
     preset: str | None = Field(
-        None, description=f"columns and prompt of a known set ({', '.join(PRESETS)}); settings given here go before it"
+        None, description=f"columns and prompt of a known set ({', '.join(KNOWN_SETS)}); settings here go before it"
     )
     prompt_column: str | list[str] = Field("prompt", description="one column, or several to be joined")
-    answer_column: str = "answer"
-    solution_column: str | None = None
-    prompt_template: str = "{prompt}"
+    answer_column: str = Field("answer", description="the right answer, which the verifier compares with")
+    solution_column: str | None = Field(None, description="a whole solution, to be learnt from")
+    prompt_template: str = Field("{prompt}", description="text in which the prompt replaces {prompt}")
     answer_pattern: str | None = Field(None, description="regular expression; group 1 is the answer")
     group_column: str | None = Field(None, description="evaluate each value of this column apart (eval.benchmarks)")
     limit: Positive | None = Field(None, description="so many from the first, with group_column so many of each group")

@@ -11,10 +11,10 @@ from ipvrm_core.trainer.config.data import Source
 class Eval(Section):
     """What `ipvrm eval` measures."""
 
-    prompts: Positive = 256
+    prompts: Positive = Field(256, description="test problems that are answered, from the first")
     samples: Positive = Field(8, description="k of avg@k and pass@k")
-    temperature: PositiveFloat = 0.6
-    top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
+    temperature: PositiveFloat = Field(0.6, description="of the k samples; one more answer is greedy")
+    top_p: Annotated[float, Field(gt=0, le=1)] = Field(0.95, description="samples come from this much of the mass")
     benchmarks: dict[str, Source] = Field({}, description="further test data by name (paths), each evaluated whole")
     rank_prompts: Annotated[int, Field(ge=0)] = Field(
         0, description="answers that are cut and continued, to rank reward models by the outcomes; 0: none"
@@ -46,11 +46,11 @@ class Verifier(Section):
     max_errors: Annotated[float, Field(ge=0, le=1)] = Field(
         0.05, description="share of answers that may stay without a verdict (time-outs, errors) before a phase stops"
     )
-    timeout_s: Annotated[PositiveFloat, Field(le=86400)] = 5.0
+    timeout_s: Annotated[PositiveFloat, Field(le=86400)] = Field(5.0, description="seconds for one answer")
     memory_gib: Annotated[PositiveFloat, Field(le=2**20)] = Field(
         2.0, description="what one worker may take besides its imports (Linux)"
     )
-    workers: Annotated[Positive, Field(le=1024)] = 2
+    workers: Annotated[Positive, Field(le=1024)] = Field(2, description="processes that judge")
 
     @property
     def limits(self) -> dict:

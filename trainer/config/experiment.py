@@ -19,9 +19,9 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 class Config(Section):
     """A whole experiment: one start, any number of reward models and policy runs."""
 
-    name: str = "run"
-    seed: int = 0
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    name: str = Field("run", description="in the report's title, and the project in Weights & Biases")
+    seed: int = Field(0, description="of all that is drawn by chance")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto: a GPU where there is one")
     precision: Literal["no", "bf16"] = Field("no", description="bf16: float32 weights, bfloat16 products in the layers")
     model: Model
     data: Source | None = None
@@ -130,13 +130,13 @@ class Config(Section):
                 f"{'pairwise' if objective.pairwise else 'training-free'} objective {used.objective!r}; "
                 f"got {rl.reward_model.update!r}"
             )
-        preset = rl.resolved()
-        if preset.td_reference == "sft" and not (objective.head == "vocabulary" and objective.reference):
+        method = rl.resolved()
+        if method.td_reference == "sft" and not (objective.head == "vocabulary" and objective.reference):
             raise ValueError(
                 f"rl.{name}.method.td_reference must be 'old' for the objective {used.objective!r}, "
                 f"whose scores are no log-ratios; got 'sft'"
             )
-        alpha = preset.alpha
+        alpha = method.alpha
         if objective.head == "value" and alpha:
             raise ValueError(
                 f"rl.{name}.method.alpha must be 0 for rm.{rl.reward_model.name} (objective {used.objective!r}): "

@@ -10,22 +10,22 @@ from ipvrm_core.trainer.config.base import Positive, PositiveFloat, Section
 class Scratch(Section):
     """A small decoder with random weights and a tokenizer of single characters (for the built-in tasks)."""
 
-    architecture: Literal["qwen3", "llama"] = "qwen3"
-    hidden_size: Positive = 128
-    layers: Positive = 2
-    heads: Positive = 4
-    kv_heads: Positive = 4
-    intermediate_size: Positive = 384
-    context: Positive = 256
+    architecture: Literal["qwen3", "llama"] = Field("qwen3", description="whose layers")
+    hidden_size: Positive = Field(128, description="width")
+    layers: Positive = Field(2, description="depth")
+    heads: Positive = Field(4, description="of the attention; hidden_size / heads wide")
+    kv_heads: Positive = Field(4, description="heads of keys and values, which groups of heads share")
+    intermediate_size: Positive = Field(384, description="width inside the MLP")
+    context: Positive = Field(256, description="positions for prompt and answer together")
 
 
 class Lora(Section):
     """Low-rank adapters on the attention and MLP projections; the base, embedding and head stay frozen."""
 
-    rank: Positive = 128
-    alpha: PositiveFloat = 256.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    target_modules: str | list[str] = "all-linear"
+    rank: Positive = Field(128, description="of the product that is added to a weight")
+    alpha: PositiveFloat = Field(256.0, description="the product is scaled by alpha / rank")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the adapters' inputs in training")
+    target_modules: str | list[str] = Field("all-linear", description="names of the layers that get adapters")
 
 
 class Model(Section):

@@ -5,12 +5,17 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from ipvrm_core.presets import PRESETS, Preset
+from ipvrm_core import estimators
+from ipvrm_core.method import METHODS, Method
 from ipvrm_core.reference.candidates import candidate_slots
 from ipvrm_core.trainer.config.base import Positive, Section, checked
 from ipvrm_core.trainer.config.training import Optim
 
 MOST = 1_000_000  # prompts, answers to one, candidates
+BATCHES = {  # what the presets leave to [rl.<name>.batch]
+    "paper": {"prompts": 512, "keep_prompts": 256, "rollouts": 4, "too_few_mixed": "sample_on"},
+    "official": {"prompts": 1024, "keep_prompts": 512, "rollouts": 16, "too_few_mixed": "fill"},
+}
 
 
 class RlRewardModel(Section):
@@ -24,82 +29,117 @@ class RlRewardModel(Section):
     batch: Positive = Field(64, description="sequences per reward-model step")
 
 
+class Batch(Section):
+    """What is sampled for a step, and which of it is kept. None: as the preset has it."""
+
+    prompts: Positive | None = Field(None, description="sampled in a round; paper 512, official 1024")
+    keep_prompts: Positive | None = Field(None, description="of these, trained on; paper 256, official 512")
+    rollouts: Positive | None = Field(None, description="answers to each prompt; paper 4, official 16")
+    accuracy_range: Annotated[tuple[float, float], Field(strict=False)] = Field(
+        (0.0, 1.0), description="of mixed prompts, those with a share of right answers inside; rePIRL: 0.2, 0.8"
+    )
+    too_few_mixed: Literal["sample_on", "fill"] | None = Field(
+        None, description="sample further prompts (paper), or complete the batch with unmixed ones (official)"
+    )
+    max_rounds: Positive = Field(4, description="sampling rounds at most, when too few prompts are mixed")
+
+    def keeps(self, right: int) -> bool:
+        """Whether a prompt with so many right answers of `rollouts` is one to learn from."""
+        low, high = self.accuracy_range
+        return 0 < right < self.rollouts and low <= right / self.rollouts <= high
+
+    def check(self) -> None:
+        """ValueError for sizes that are a slip of the finger or do not fit each other."""
+        for name in ("prompts", "rollouts"):
+            if getattr(self, name) > MOST:
+                raise ValueError(f"batch.{name} must be at most {MOST}; got {getattr(self, name)}")
+        if self.keep_prompts > self.prompts:
+            raise ValueError(f"batch.keep_prompts must be in 1 .. prompts = {self.prompts}; got {self.keep_prompts}")
+        if self.rollouts < 2:
+            raise ValueError(f"batch.rollouts must be >= 2 for a group to have a spread; got {self.rollouts}")
+        self._check_accuracy_range()
+
+    def _check_accuracy_range(self) -> None:
+        """ValueError for a range that keeps no prompt, or prompts outside that would be filled in all the same."""
+        low, high = given = self.accuracy_range
+        if not 0 <= low <= high <= 1:
+            raise ValueError(f"batch.accuracy_range must be [low, high] with 0 <= low <= high <= 1; got {list(given)}")
+        if not any(self.keeps(right) for right in range(self.rollouts + 1)):
+            raise ValueError(
+                f"batch.accuracy_range must hold one of the shares 1/{self.rollouts} .. "
+                f"{self.rollouts - 1}/{self.rollouts} of rollouts = {self.rollouts}; got {list(given)}"
+            )
+        if given != (0, 1) and self.too_few_mixed == "fill":
+            raise ValueError(
+                f"batch.too_few_mixed must be 'sample_on' with batch.accuracy_range = {list(given)}: 'fill' would "
+                "complete the batch with prompts outside of it; got 'fill'"
+            )
+
+
 class Rl(Section):
     """One policy run. Without `reward_model` it is plain GRPO; with alpha = 0 it is GRPO with a process reward."""
 
     reward_model: RlRewardModel | None = None
-    preset: Literal["paper", "official"] = "paper"
-    method: dict[str, Any] = Field({}, description="fields of the preset to override, e.g. {alpha = 1.0}")
-    steps: Positive = 100
+    preset: Literal["paper", "official"] = Field("paper", description="where method and batch start from")
+    method: Annotated[dict[str, Any], Method] = Field({}, description="What differs from the preset.")
+    batch: Batch = Batch()
+    steps: Positive = Field(100, description="batches of rollouts that are learnt from")
     epochs: Positive = Field(1, description="passes over a batch of rollouts")
     minibatch: Positive = Field(256, description="sequences per policy step")
-    max_rounds: Positive = Field(4, description="sampling rounds at most, when too few prompts are mixed")
     max_skipped: Positive = Field(
         5, description="a step without any mixed prompt is skipped; after so many in a row training ends early"
     )
-    kl_coef: Annotated[float, Field(ge=0)] = 0.0
-    entropy_coef: Annotated[float, Field(ge=0)] = 0.0
+    kl_coef: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of KL(policy || starting policy) in the loss"
+    )
+    entropy_coef: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="weight of the entropy, which the loss then raises"
+    )
     optim: Optim = Optim(lr=1e-6)
 
     @model_validator(mode="after")
     def _method_is_possible(self):
-        preset = self.resolved()
-        self._check_sizes(preset)
-        if not 1 <= preset.keep_prompts <= preset.prompts:
-            raise ValueError(f"keep_prompts must be in 1 .. prompts = {preset.prompts}; got {preset.keep_prompts}")
-        if preset.rollouts < 2:
-            raise ValueError(f"rollouts must be >= 2 for a group to have a spread; got {preset.rollouts}")
-        for name in ("beta", "offline_margin"):
-            if getattr(preset, name) != getattr(PRESETS[self.preset], name):
-                raise ValueError(f"method.{name} belongs to the reward model: set it in rm.<name>.args")
-        self._check_estimator(preset)
-        self._check_accuracy_range(preset)
-        preset.loss_config(kl_coef=self.kl_coef, entropy_coef=self.entropy_coef)
-        self.__dict__["method"] = asdict(preset)  # resolved: what config.json shows is what runs
+        chosen = {name: value for name, value in self.batch.model_dump().items() if value is not None}
+        batch = self.batch.model_copy(update={**BATCHES[self.preset], **chosen})
+        batch.check()
+        self._check_known()
+        method = self.resolved()
+        if 0 < method.p_min < 1 / MOST:
+            raise ValueError(f"method.p_min must be at least {1 / MOST:g}; got {method.p_min}")
+        candidate_slots(method.p_min, top_k=method.top_k)
+        self._check_estimator(method)
+        method.loss_config(kl_coef=self.kl_coef, entropy_coef=self.entropy_coef)
+        self.__dict__ |= {"method": asdict(method), "batch": batch}  # resolved: what config.json shows is what runs
         return self
 
-    def _check_sizes(self, preset: Preset) -> None:
-        """ValueError for a rule that cannot be, and for sizes that are a slip of the finger."""
-        if 0 < preset.p_min < 1 / MOST:
-            raise ValueError(f"method.p_min must be at least {1 / MOST:g}; got {preset.p_min}")
-        candidate_slots(preset.p_min, top_k=preset.top_k)
-        for name in ("prompts", "rollouts"):
-            if getattr(preset, name) > MOST:
-                raise ValueError(f"method.{name} must be at most {MOST}; got {getattr(preset, name)}")
+    def _check_known(self) -> None:
+        """ValueError for settings that stand elsewhere."""
+        elsewhere = {"beta": "rm.<name>.args", "margin": "rm.<name>.args", "offline_margin": "rm.<name>.args (margin)"}
+        elsewhere |= dict.fromkeys(Batch.model_fields, "rl.<name>.batch")
+        for name in self.method.keys() & elsewhere.keys():
+            raise ValueError(f"method.{name} is no setting of the method: set it in {elsewhere[name]}")
 
-    def _check_estimator(self, preset: Preset) -> None:
+    def _check_estimator(self, method: Method) -> None:
         """ValueError for settings that the estimator could not follow."""
-        estimator = preset.estimator
-        if estimator in ("td", "mc", "prime") and self.reward_model is None:
+        name = method.estimator
+        try:
+            estimator = estimators.find(name)
+        except ValueError as error:
+            raise ValueError(f"method.{error}") from None  # it begins with "estimator"
+        if estimator.token_rewards == "required" and self.reward_model is None:
+            raise ValueError(f"method.estimator = {name!r} needs a reward_model: it works on token rewards; got None")
+        if method.outcome not in estimator.outcomes:
             raise ValueError(
-                f"method.estimator = {estimator!r} needs a reward_model: it works on token rewards; got None"
+                f"method.outcome must be {' or '.join(map(repr, estimator.outcomes))} for method.estimator = {name!r}; "
+                f"got {method.outcome!r}"
             )
-        if estimator == "prime" and preset.outcome != "rloo":
-            raise ValueError(f"method.outcome must be 'rloo' for method.estimator = 'prime'; got {preset.outcome!r}")
-        fixed = {"gae": (), "mc": ("lam",)}.get(estimator, ("gamma", "lam"))
-        for name in fixed:
-            if getattr(preset, name) != 1:
+        for setting in {"gamma", "lam"} - set(estimator.reads):
+            if getattr(method, setting) != 1:
                 raise ValueError(
-                    f"method.{name} must be 1 for method.estimator = {estimator!r}, which does not use it; "
-                    f"got {getattr(preset, name)}"
+                    f"method.{setting} must be 1 for method.estimator = {name!r}, which does not use it; "
+                    f"got {getattr(method, setting)}"
                 )
 
-    def _check_accuracy_range(self, preset: Preset) -> None:
-        """ValueError for a range that keeps no prompt, or prompts outside that would be filled in all the same."""
-        low, high = given = preset.accuracy_range
-        if not 0 <= low <= high <= 1:
-            raise ValueError(f"method.accuracy_range must be [low, high] with 0 <= low <= high <= 1; got {list(given)}")
-        if not any(preset.keeps(right) for right in range(preset.rollouts + 1)):
-            raise ValueError(
-                f"method.accuracy_range must hold one of the shares 1/{preset.rollouts} .. "
-                f"{preset.rollouts - 1}/{preset.rollouts} of rollouts = {preset.rollouts}; got {list(given)}"
-            )
-        if given != (0, 1) and preset.too_few_mixed == "fill":
-            raise ValueError(
-                f"method.too_few_mixed must be 'sample_on' with method.accuracy_range = {list(given)}: 'fill' would "
-                "complete the batch with prompts outside of it; got 'fill'"
-            )
-
-    def resolved(self) -> Preset:
+    def resolved(self) -> Method:
         """The preset with `method` applied."""
-        return checked(Preset, {**asdict(PRESETS[self.preset]), **self.method}, "method")
+        return checked(Method, {**asdict(METHODS[self.preset]), **self.method}, "method")

@@ -16,7 +16,7 @@ class RewardModel(Section):
 
     objective: str = Field("ipvrm", description="a file of ipvrm_core/objectives, or package.module:Class")
     args: dict[str, float | str] = Field({}, description="settings of the objective, e.g. {margin = 5.0}")
-    steps: Positive = 500
+    steps: Positive = Field(500, description="of the optimiser, at most")
     batch: Positive = Field(64, description="sequences a step: pairs of a right and a wrong answer to one prompt")
     data: Chats | None = Field(None, description="chats to train on; None: the rollouts")
     pairing: Literal["disjoint", "covering", "none"] = Field(
@@ -29,7 +29,7 @@ class RewardModel(Section):
         0, description="demonstrations that join each step's pairs as right answers"
     )
     optim: Optim = Optim(lr=5e-7)
-    validate_every: Positive = 100
+    validate_every: Positive = Field(100, description="steps between validations; the last step is one")
     stop_metric: (
         Literal[
             "held_out_auc",

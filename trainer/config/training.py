@@ -11,19 +11,21 @@ from ipvrm_core.trainer.config.data import Source
 class Optim(Section):
     """AdamW with linear warm-up, then constant, linear or cosine decay to zero."""
 
-    lr: PositiveFloat = 1e-5
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: Annotated[int, Field(ge=0)] = 0
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.999)
-    grad_clip: PositiveFloat | None = 1.0
+    lr: PositiveFloat = Field(1e-5, description="learning rate after the warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field("constant", description="of the rate after the warm-up")
+    warmup: Annotated[int, Field(ge=0)] = Field(0, description="steps over which the rate rises from 0")
+    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="share of a weight taken off, times the rate")
+    betas: Annotated[tuple[float, float], Field(strict=False)] = Field(
+        (0.9, 0.999), description="memory of the gradient's mean and of its square's"
+    )
+    grad_clip: PositiveFloat | None = Field(1.0, description="norm to which a larger gradient is scaled; None: never")
 
 
 class Sft(Section):
     """Next-token training on the demonstrations (`solution`) of its own data, or else of the training data."""
 
     data: Source | None = None
-    steps: Positive = 200
+    steps: Positive = Field(200, description="of the optimiser, at most")
     batch: Positive = Field(64, description="sequences a step")
     stop_accuracy: Annotated[float, Field(gt=0, le=1)] | None = Field(
         None, description="stop early once sampled answers to training problems are right this often"
@@ -34,7 +36,7 @@ class Sft(Section):
 class Rollout(Section):
     """Answers sampled from the starting policy: the reward model's training data."""
 
-    prompts: Positive = 1024
+    prompts: Positive = Field(1024, description="training problems that are answered")
     samples: Positive = Field(8, description="answers per prompt")
     held_out: Annotated[int, Field(ge=0)] = Field(128, description="of these prompts, kept for validation")
     batch: Positive = Field(64, description="prompts sampled at once; also the unit of resuming")
@@ -43,6 +45,6 @@ class Rollout(Section):
 class Generation(Section):
     """Sampling of training rollouts. The method needs the full distribution, so there is no top-p or top-k here."""
 
-    temperature: PositiveFloat = 1.0
-    max_new_tokens: Positive = 1024
+    temperature: PositiveFloat = Field(1.0, description="divides the logits, of every log-prob in training too")
+    max_new_tokens: Positive = Field(1024, description="tokens at which an answer is cut")
     batch: Positive = Field(256, description="sequences generated at once")

@@ -2,12 +2,14 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ipvrm_core.trainer.config import Chats
 from ipvrm_core.trainer.data.example import Message
 from ipvrm_core.trainer.data.files import as_messages, cell, read_rows
 from ipvrm_core.trainer.seeds import stable_seed
+
+if TYPE_CHECKING:  # the configuration is made of what stands here
+    from ipvrm_core.trainer.config import Chats
 
 Prompt = tuple[Message, ...]
 
@@ -26,7 +28,7 @@ class Chat:
         return f"row {self.row}"
 
 
-def load_chats(source: Chats) -> list[Chat]:
+def load_chats(source: "Chats") -> list[Chat]:
     """All answers in the order of the data; ValueError with the row number (from 0) for anything amiss."""
     read = _pointwise if source.kind == "pointwise" else _pairwise
     rows = read_rows(source.path, source.split, source.config, source.limit)
@@ -36,7 +38,7 @@ def load_chats(source: Chats) -> list[Chat]:
     return chats
 
 
-def _pointwise(row: Mapping[str, Any], index: int, source: Chats) -> Iterable[Chat]:
+def _pointwise(row: Mapping[str, Any], index: int, source: "Chats") -> Iterable[Chat]:
     where = f"{source.path}, row {index}"
     prompt, answer = _conversation(row, source.conversation_column, where)
     label = cell(row, source.label_column, where)
@@ -45,7 +47,7 @@ def _pointwise(row: Mapping[str, Any], index: int, source: Chats) -> Iterable[Ch
     return (Chat(index, prompt, answer, bool(label)),)
 
 
-def _pairwise(row: Mapping[str, Any], index: int, source: Chats) -> Iterable[Chat]:
+def _pairwise(row: Mapping[str, Any], index: int, source: "Chats") -> Iterable[Chat]:
     where = f"{source.path}, row {index}"
     prompt, chosen = _conversation(row, source.chosen_column, where)
     other, rejected = _conversation(row, source.rejected_column, where)

@@ -1,13 +1,16 @@
 """The examples of a Source of the configuration, and its groups."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from ipvrm_core.trainer.config import Source
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.files import load_examples
 
+if TYPE_CHECKING:  # the configuration is made of what stands here
+    from ipvrm_core.trainer.config import Source
 
-def read_source(source: Source) -> list[Example]:
+
+def read_source(source: "Source") -> list[Example]:
     """All examples of a file or data set, at most `limit`, with a group column so many of each group."""
     column = source.group_column
     examples = load_examples(
@@ -30,7 +33,7 @@ def read_source(source: Source) -> list[Example]:
     return examples
 
 
-def by_group(source: Source, name: str, examples: Sequence[Example]) -> dict[str, list[Example]]:
+def by_group(source: "Source", name: str, examples: Sequence[Example]) -> dict[str, list[Example]]:
     """{"name": examples}, or with a group column {"name/group": its examples}, in the order of first appearance."""
     if not source.group_column:
         return {name: list(examples)}

@@ -1,1 +1,1 @@
-"""What a run is judged by: step localisation, candidate credit, policy accuracy."""
+"""Judging policies, reward models, and these on ProcessBench; token scores and lengths are shared."""

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ipvrm_core import linear_logprobs
 from ipvrm_core.objectives.endorm import Endorm
 from ipvrm_core.packing import cu_seqlens_from_lengths
 from ipvrm_core.trainer import models
-from ipvrm_core.trainer.batching import Answer, map_rows, micro_batches
+from ipvrm_core.trainer.batching import Answer, micro_batches
 from ipvrm_core.trainer.config import Model
+from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.progress import Progress
 
 Kind = Literal["log-ratio", "log-prob", "value"]
@@ -29,15 +29,15 @@ class Scorer(NamedTuple):
     """
 
     tokenizer: object
-    model: nn.Module
-    reference: nn.Module | None = None
+    model: LanguageModel
+    reference: LanguageModel | None = None
     decay: float = 1.0
 
     @property
     def kind(self) -> Kind:
         if self.reference is not None:
             return "log-ratio"
-        return "value" if hasattr(models.causal_lm(self.model), "value_head") else "log-prob"
+        return "value" if self.model.value_head is not None else "log-prob"
 
 
 def load_scorer(
@@ -62,7 +62,7 @@ def load_scorer(
         raise ValueError(f"a decay is of a model's own log-probs; got {decay} with {beside}")
     if scorer.kind == "value":
         return scorer
-    models.check_head(loaded)
+    models.check_head(loaded.model)
     if not reference:
         endorm = Endorm() if decay is None else Endorm(decay=decay)
         return scorer._replace(decay=endorm.decay)
@@ -71,7 +71,7 @@ def load_scorer(
     return scorer._replace(reference=other)
 
 
-def load_language_model(path: str, dtype: str = "float32", device: str = "auto") -> tuple[object, nn.Module]:
+def load_language_model(path: str, dtype: str = "float32", device: str = "auto") -> tuple[object, LanguageModel]:
     """(tokenizer, model in evaluation mode) of a Hugging Face name or folder, or of FOLDER/FILE.gguf.
 
     ValueError for a model with a value head: what reads log-probs would not see it.
@@ -79,18 +79,18 @@ def load_language_model(path: str, dtype: str = "float32", device: str = "auto")
     tokenizer, model = _load(path, dtype, device)
     if Scorer(tokenizer, model).kind == "value":
         raise ValueError(f"{path} scores by a value head; expected a language model, for its log-probs")
-    models.check_head(model)
+    models.check_head(model.model)
     return tokenizer, model
 
 
-def _load(path: str, dtype: str, device: str) -> tuple[object, nn.Module]:
+def _load(path: str, dtype: str, device: str) -> tuple[object, LanguageModel]:
     settings = Model(path=path)
     if path.endswith(".gguf"):
         settings = Model(path=str(Path(path).parent), gguf_file=Path(path).name)
     tokenizer = models.load_tokenizer(settings, None)
     model = models.load_pretrained(settings.path, dtype, settings.gguf_file)
     place = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    return tokenizer, model.to(place).eval()
+    return tokenizer, LanguageModel(model.to(place)).eval()
 
 
 def check_vocabulary(model, reference) -> None:
@@ -105,21 +105,16 @@ def check_vocabulary(model, reference) -> None:
     )
 
 
-def length_limit(*loaded: nn.Module | None) -> int | None:
+def length_limit(*loaded: LanguageModel | None) -> int | None:
     """Tokens that all these models have positions for; None where none says."""
-    texts = [models.causal_lm(model).config.get_text_config() for model in loaded if model is not None]
-    known = [getattr(text, "max_position_embeddings", None) for text in texts]
-    return min((limit for limit in known if limit), default=None)
+    return min((model.positions for model in loaded if model is not None and model.positions), default=None)
 
 
-def token_scores(scorer: Scorer, answers: Sequence[Answer], max_tokens: int, temperature: float = 1.0) -> list[Tensor]:
-    """The score of every response token: per answer [N] float32 on CPU, in the order of `answers`.
-
-    The temperature is that of log-probs; a value head has none.
-    """
+def token_scores(scorer: Scorer, answers: Sequence[Answer], max_tokens: int | None = None) -> list[Tensor]:
+    """The score of every response token: per answer [N] float32 on CPU, in the order of `answers`."""
     found: list[Tensor] = [torch.empty(0)] * len(answers)
     with Progress("scores", len(answers), unit="answer") as shown:
-        for indices, scores in scored_batches(scorer, answers, max_tokens, temperature):
+        for indices, scores in scored_batches(scorer, answers, max_tokens):
             for i, score_N in zip(indices, scores, strict=True):
                 found[i] = score_N
             shown.update(len(indices))
@@ -127,52 +122,33 @@ def token_scores(scorer: Scorer, answers: Sequence[Answer], max_tokens: int, tem
 
 
 def scored_batches(
-    scorer: Scorer,
-    answers: Sequence[Answer],
-    max_tokens: int,
-    temperature: float = 1.0,
-    unseen: int | None = None,
+    scorer: Scorer, answers: Sequence[Answer], max_tokens: int | None = None, unseen: int | None = None
 ) -> Iterator[tuple[list[int], list[Tensor]]]:
     """Per micro-batch of at most `max_tokens` padded tokens: (which answers, the scores of each [N] float32 on CPU).
 
     Longest first, so that micro-batches hold little padding and memory runs out at once or never. The answers of what
     is not yielded yet give the very same micro-batches: one can stop and go on. ValueError for scores that are not
-    finite, and when the first micro-batch has the score 0 throughout. unseen: a token that log-probs do not attend to.
+    finite, and when the first micro-batch has the score 0 throughout. max_tokens: None for the model's own budget.
+    unseen: a token that log-probs do not attend to.
     """
+    max_tokens = max_tokens or scorer.model.max_tokens
     order = sorted(range(len(answers)), key=lambda i: -len(answers[i].prompt_ids) - len(answers[i].response_ids))
     for part in micro_batches([answers[i] for i in order], max_tokens):
         chosen = [answers[i] for i in order[part]]
-        score_n = _scores(scorer, chosen, max_tokens, temperature, unseen)
+        score_n = _scores(scorer, chosen, max_tokens=max_tokens, unseen=unseen).float().cpu()
         _check(scorer.kind, score_n, first=part.start == 0)
         yield order[part], [piece.clone() for piece in score_n.split([len(answer.response_ids) for answer in chosen])]
 
 
-def _scores(
-    scorer: Scorer, answers: Sequence[Answer], max_tokens: int, temperature: float, unseen: int | None
-) -> Tensor:
-    """[n] float32 on CPU."""
+def _scores(scorer: Scorer, answers: Sequence[Answer], max_tokens: int, unseen: int | None) -> Tensor:
+    """[n]"""
     if scorer.kind == "value":
-        function = lambda hidden_ND, batch, _: (models.value_scores(scorer.model, hidden_ND),)  # noqa: E731
-        return map_rows(scorer.model, answers, max_tokens, function, after=True)[0].float().cpu()
-    ours_n = _logprobs(scorer.model, answers, max_tokens, temperature, unseen)
+        return scorer.model.values(answers, max_tokens=max_tokens)
+    ours_n = scorer.model.logprobs(answers, max_tokens=max_tokens, unseen=unseen)
     if scorer.reference is not None:
-        return (ours_n - _logprobs(scorer.reference, answers, max_tokens, temperature, unseen)).float().cpu()
+        return ours_n - scorer.reference.logprobs(answers, max_tokens=max_tokens, unseen=unseen)
     cu_seqlens = cu_seqlens_from_lengths(torch.tensor([len(answer.response_ids) for answer in answers]))
     return Endorm(decay=scorer.decay).token_scores(ours_n.float().cpu(), cu_seqlens)
-
-
-def _logprobs(
-    model: nn.Module, answers: Sequence[Answer], max_tokens: int, temperature: float, unseen: int | None
-) -> Tensor:
-    head = models.head_of(model)
-
-    def function(hidden_ND, batch, _):
-        ids_N1 = batch.targets_N[:, None]
-        return (
-            linear_logprobs(hidden_ND, head.weight, ids_N1, temperature=temperature, **head.options).logprobs_NK[:, 0],
-        )
-
-    return map_rows(model, answers, max_tokens, function, unseen=unseen)[0]
 
 
 def _check(kind: Kind, score_n: Tensor, first: bool) -> None:

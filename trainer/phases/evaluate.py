@@ -7,10 +7,10 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from ipvrm_core.trainer.evaluation.accuracy import benchmark_accuracy, policy_accuracy
-from ipvrm_core.trainer.evaluation.own_answers import OwnAnswers, sample_own
-from ipvrm_core.trainer.evaluation.rank_analysis import continued_prefixes, rank_auc
-from ipvrm_core.trainer.evaluation.reward_model import judge
+from ipvrm_core.trainer.evaluation.policy.accuracy import benchmark_accuracy, policy_accuracy
+from ipvrm_core.trainer.evaluation.reward_model.judge import judge
+from ipvrm_core.trainer.evaluation.reward_model.own_answers import OwnAnswers, sample_own
+from ipvrm_core.trainer.evaluation.reward_model.rank_analysis import continued_prefixes, rank_auc
 from ipvrm_core.trainer.evaluation.token_scores import Scorer
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.files import read_json, write_json
@@ -86,7 +86,7 @@ def _online(experiment: Experiment, name: str, own: Callable[[], OwnAnswers]) ->
 def _rank(experiment: Experiment, path: Path) -> dict:
     """AUCs of the reward model's values and TD errors against how the starting policy's answers go on."""
     policy = experiment.start_policy().eval()
-    scorer = Scorer(experiment.tokenizer, experiment.load(path).eval(), policy)
+    scorer = Scorer(experiment.text.tokenizer, experiment.load(path).eval(), policy)
     experiment.seed("eval", "rank")  # the same answers for every reward model
     examples = experiment.test_examples(experiment.config.eval.rank_prompts)
     beta, samples = experiment.config.rm[path.parent.name].build().beta, experiment.config.eval.samples

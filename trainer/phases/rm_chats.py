@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import nn
-
+from ipvrm_core import head_of
 from ipvrm_core.objectives import Objective
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import Chats
@@ -13,8 +12,8 @@ from ipvrm_core.trainer.data.chats import Chat, by_prompt, held_out, load_chats
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.evaluation.token_scores import check_vocabulary, load_language_model
 from ipvrm_core.trainer.experiment import Experiment
+from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.leakage import left_out
-from ipvrm_core.trainer.models import causal_lm, head_of
 from ipvrm_core.trainer.phases.rm_data import Labelled, RewardData, Unit, make_units
 from ipvrm_core.trainer.phases.rollout import Rollouts
 from ipvrm_core.trainer.reference_cache import reference_logprobs
@@ -53,7 +52,7 @@ def read_chats(experiment: Experiment, name: str, source: Chats) -> ChatData:
 
 
 def from_chats(
-    experiment: Experiment, name: str, data: ChatData, objective: Objective, reference: nn.Module
+    experiment: Experiment, name: str, data: ChatData, objective: Objective, reference: LanguageModel
 ) -> RewardData:
     """Units and held-out answers, with the reference's log-probs from the cache."""
     settings = experiment.config.rm[name]
@@ -91,7 +90,7 @@ def from_chats(
 
 
 def _reference(
-    experiment: Experiment, name: str, answers: Sequence[Answer], objective: Objective, reference: nn.Module
+    experiment: Experiment, name: str, answers: Sequence[Answer], objective: Objective, reference: LanguageModel
 ) -> list[list[float]]:
     """Log-probs of each answer's tokens; zeros for an objective that does not use them."""
     check_positions(answers, reference, f"rm.{name}.data")
@@ -108,13 +107,13 @@ def encode(experiment: Experiment, chats: Sequence[Chat]) -> list[tuple[Chat, An
 
     Without a chat template a prompt of one user message is taken as plain text; others are an error.
     """
-    plain = not experiment.tokenizer.chat_template
+    plain = not experiment.text.tokenizer.chat_template
     found = []
     for chat in chats:
         alone = plain and len(chat.prompt) == 1
         prompt = chat.prompt[0]["content"] if alone else chat.prompt
         example = Example(chat.id, prompt, "", solution=chat.answer)
-        found.append((chat, experiment.demonstration(example)))
+        found.append((chat, experiment.text.demonstration(example)))
     return found
 
 
@@ -156,9 +155,9 @@ def fit(encoded: list[tuple[Chat, Answer]], source: Chats, key: str) -> Rendered
     return Rendered([chat for chat, _ in encoded], cut, counts)
 
 
-def check_positions(answers: Sequence[Answer], model: nn.Module, key: str) -> None:
+def check_positions(answers: Sequence[Answer], model: LanguageModel, key: str) -> None:
     """ValueError for rows that the model has no positions for."""
-    limit = getattr(causal_lm(model).config.get_text_config(), "max_position_embeddings", None)
+    limit = model.positions
     longest = max(len(answer.prompt_ids) + len(answer.response_ids) for answer in answers)
     if limit and longest > limit:
         raise ValueError(
@@ -189,14 +188,15 @@ def _groups(prompts: Sequence[Sequence[Chat]], rows: dict[int, Labelled]) -> lis
     return found
 
 
-def other_reference(experiment: Experiment, path: str, model: nn.Module) -> nn.Module:
+def other_reference(experiment: Experiment, path: str, model: LanguageModel) -> LanguageModel:
     """A reference that is not the starting policy. ValueError unless its vocabulary is the reward model's."""
     tokenizer, reference = load_language_model(path, experiment.config.model.dtype, experiment.device.type)
-    check_vocabulary(experiment.tokenizer, tokenizer)
-    ours, theirs = (head_of(each).weight.shape[0] for each in (model, reference))
-    if theirs < len(experiment.tokenizer):
+    own = experiment.text.tokenizer
+    check_vocabulary(own, tokenizer)
+    ours, theirs = (head_of(each.model).weight.shape[0] for each in (model, reference))
+    if theirs < len(own):
         raise ValueError(
-            f"the reference {path} must have a row for each of {len(experiment.tokenizer)} tokens in its output head, "
+            f"the reference {path} must have a row for each of {len(own)} tokens in its output head, "
             f"as the model has ({ours}); got {theirs}"
         )
-    return reference
+    return experiment.language_model(reference.model)

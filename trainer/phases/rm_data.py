@@ -8,7 +8,6 @@ from ipvrm_core.trainer.config import RewardModel
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.phases import rollout as rollout_phase
 from ipvrm_core.trainer.phases.rollout import Rollouts
-from ipvrm_core.trainer.reward import sampled_logprobs
 from ipvrm_core.trainer.seeds import epoch_slice, stable_seed
 
 
@@ -73,9 +72,9 @@ def make_pairs(rollouts: list[Rollouts], settings: RewardModel, seed: int) -> li
 def expert_rows(experiment: Experiment, reference, count: int) -> list[Labelled]:
     """`count` demonstrations as right answers, with their log-probs under the reference."""
     examples = experiment.examples("rm experts", 0, count) if count else []
-    answers = [experiment.demonstration(example) for example in examples]
+    answers = [experiment.text.demonstration(example) for example in examples]
     if not answers:
         return []
-    logprobs_N = sampled_logprobs(experiment, reference, answers).cpu()
+    logprobs_N = reference.logprobs(answers).cpu()
     pieces = logprobs_N.split([len(answer.response_ids) for answer in answers])
     return [Labelled(answer, piece.tolist(), True) for answer, piece in zip(answers, pieces, strict=True)]

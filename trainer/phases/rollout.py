@@ -1,19 +1,16 @@
 """Answers sampled from the starting policy, verified, with their reference log-probs: data for reward models."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
-from ipvrm_core import linear_logprobs
-from ipvrm_core.trainer.batching import Answer, map_rows
-from ipvrm_core.trainer.data.example import Example
+from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.files import write_json
 from ipvrm_core.trainer.metrics import MetricsLog, read_metrics
-from ipvrm_core.trainer.models import head_of
 from ipvrm_core.trainer.phases.training import phase_folder
-from ipvrm_core.trainer.rollouts import Sample, generate
+from ipvrm_core.trainer.sampling.verified import right_share
 from ipvrm_core.trainer.shards import Shards
 from ipvrm_core.trainer.verify import Verdict
 from ipvrm_core.trainer.verify.base import UNDECIDED, Status, all_decided
@@ -29,72 +26,29 @@ class Rollouts:
     ref_logprobs: list[list[float]]  # of the sampled tokens under the starting policy, at the sampling temperature
 
 
-def sample_and_verify(
-    experiment: Experiment, model, examples: Sequence[Example], samples: int, **settings
-) -> tuple[list[Sample], list[Verdict]]:
-    """`samples` answers per example and their verdicts, in the order of `generate`."""
-    prompts = [experiment.encode_prompt(example) for example in examples]
-    made = generate(model, experiment.tokenizer, prompts, samples=samples, **settings)
-    golds = [example.answer for example in examples for _ in range(samples)]
-    return made, judged(experiment, made, [experiment.decode(sample.response_ids) for sample in made], golds)
-
-
-def judged(experiment: Experiment, samples: Sequence[Sample], texts: list[str], golds: list[str]) -> list[Verdict]:
-    """A verdict on every sample; one cut at the limit of tokens is not looked at where that is wrong in any case."""
-    seen = [index for index, sample in enumerate(samples) if sample.finished or experiment.unfinished == "judge"]
-    verdicts = [Verdict(False, "unfinished")] * len(samples)
-    found = experiment.verifier([texts[i] for i in seen], [golds[i] for i in seen])
-    for index, verdict in zip(seen, found, strict=True):
-        verdicts[index] = verdict
-    return verdicts
-
-
-def right_share(verdicts: Sequence[Verdict]) -> float:
-    """Of those that say anything; 0 where none does."""
-    decided = [verdict.correct for verdict in verdicts if verdict.decided]
-    return sum(decided) / max(1, len(decided))
-
-
-def generation_settings(experiment: Experiment) -> dict:
-    generation = experiment.config.generation
-    return {
-        "temperature": generation.temperature,
-        "max_new_tokens": generation.max_new_tokens,
-        "batch": generation.batch,
-    }
-
-
 def run(experiment: Experiment, resume: bool = False) -> None:
     """Sample shard by shard; writes rollout/shards/*.json and their manifest, a line for each in metrics.jsonl, and
     summary.json."""
-    config, rollout = experiment.config, experiment.config.rollout
+    rollout = experiment.config.rollout
     if rollout is None:
         raise ValueError("the configuration has no [rollout] section")
     folder = experiment.run / "rollout"
     with phase_folder(folder, "summary.json", resume) as todo:
         if not todo:
             return
-        model = experiment.start_policy().eval()
-        head = head_of(model)
-        temperature = config.generation.temperature
+        policy = experiment.start_policy().eval()
+        sampler, drawing = experiment.sampler(policy), experiment.drawing(rollout.samples)
+        todo.callback(sampler.close)
         shards = Shards(folder)
-
-        def reference(hidden, batch, _):
-            ids = batch.targets_N[:, None]
-            found = linear_logprobs(hidden, head.weight, ids, temperature=temperature, **head.options)
-            return (found.logprobs_NK[:, 0],)
-
         starts = range(0, rollout.prompts, rollout.batch)
         done = shards.whole()
         with MetricsLog(folder, "rollout", len(starts), done, show=("accuracy", "tokens")) as metrics:
             for number, start in list(enumerate(starts))[done:]:
                 experiment.seed("rollout", number)
                 examples = experiment.examples("rollout", start, min(rollout.batch, rollout.prompts - start))
-                samples, verdicts = sample_and_verify(
-                    experiment, model, examples, rollout.samples, **generation_settings(experiment)
-                )
+                samples, verdicts = experiment.asker.ask(sampler, examples, drawing)
                 answers = [Answer(sample.prompt_ids, sample.response_ids) for sample in samples]
-                logprobs_N = map_rows(model, answers, config.micro_batch_tokens, reference)[0]
+                logprobs_N = policy.logprobs(answers)
                 lengths = [len(answer.response_ids) for answer in answers]
                 rows = [
                     {

@@ -1,12 +1,11 @@
 """Supervised fine-tuning on demonstrations: mean negative log-likelihood of the answer tokens."""
 
-from ipvrm_core import linear_logprobs
-from ipvrm_core.trainer.batching import TokenBatch, micro_batches, response_hidden
+from ipvrm_core.trainer.batching import micro_batches
 from ipvrm_core.trainer.experiment import Experiment
-from ipvrm_core.trainer.models import head_of
+from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.optim import apply_step, make_optimizer
-from ipvrm_core.trainer.phases.rollout import generation_settings, right_share, sample_and_verify
 from ipvrm_core.trainer.phases.training import Training, phase_folder
+from ipvrm_core.trainer.sampling.verified import right_share
 
 CHECK_EVERY = 10  # steps between accuracy checks, where sft.stop_accuracy asks for them
 CHECK_PROMPTS = 256
@@ -14,7 +13,7 @@ CHECK_PROMPTS = 256
 
 def run(experiment: Experiment, resume: bool = False) -> None:
     """Train from the base model; writes sft/model."""
-    config, sft = experiment.config, experiment.config.sft
+    sft = experiment.config.sft
     if sft is None:
         raise ValueError("the configuration has no [sft] section")
     folder = experiment.run / "sft"
@@ -22,26 +21,21 @@ def run(experiment: Experiment, resume: bool = False) -> None:
         if not todo:
             return
         model = experiment.trainable(experiment.base_model(), "sft").train()
-        optimizer = make_optimizer(model, sft.optim)
+        optimizer = make_optimizer(model.model, sft.optim)
         show = ("nll", "grad_norm", "accuracy")
         training = todo.enter_context(
-            Training(experiment, folder, sft.steps, {"model": model}, {"model": optimizer}, show=show, every=10)
+            Training(experiment, folder, sft.steps, {"model": model.model}, {"model": optimizer}, show=show, every=10)
         )
         for step in training.steps():
             experiment.seed("sft", step)
             examples = experiment.examples("sft", (step - 1) * sft.batch, sft.batch)
-            answers = [experiment.demonstration(example) for example in examples]
+            answers = [experiment.text.demonstration(example) for example in examples]
             training.uses(answers, examples=[example.id for example in examples])
             tokens = sum(len(answer.response_ids) for answer in answers)
             total = 0.0
-            for part in micro_batches(answers, config.micro_batch_tokens):
-                batch = TokenBatch.make(answers[part], experiment.device)
-                with experiment.accelerator.autocast():
-                    hidden = response_hidden(model, batch)
-                head = head_of(model)
-                logprobs = linear_logprobs(hidden, head.weight, batch.targets_N[:, None], **head.options).logprobs_NK
-                loss = -logprobs.sum() / tokens
-                experiment.accelerator.backward(loss)
+            for part in micro_batches(answers, model.max_tokens):
+                loss = -model.batch_logprobs(model.batch(answers[part])).sum() / tokens
+                loss.backward()
                 total += loss.item()
             norm = apply_step(optimizer, sft.optim, step, sft.steps)
             numbers = {}
@@ -50,11 +44,11 @@ def run(experiment: Experiment, resume: bool = False) -> None:
                 numbers["accuracy"] = sampled_accuracy(experiment, model)
                 training.state["stopped"] = numbers["accuracy"] >= sft.stop_accuracy
             training.log(step, nll=total, grad_norm=norm, tokens=tokens, **numbers)
-        training.finish(model)
+        training.finish(model.model)
 
 
-def sampled_accuracy(experiment: Experiment, model) -> float:
+def sampled_accuracy(experiment: Experiment, model: LanguageModel) -> float:
     """Share of right answers to CHECK_PROMPTS training problems of a stream of their own, of those with a verdict."""
     examples = experiment.examples("sft check", 0, CHECK_PROMPTS)
-    _, verdicts = sample_and_verify(experiment, model, examples, 1, **generation_settings(experiment))
+    _, verdicts = experiment.asker.ask(experiment.sampler(model), examples, experiment.drawing(1))
     return right_share(verdicts)

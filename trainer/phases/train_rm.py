@@ -8,8 +8,13 @@ from tqdm import tqdm
 from ipvrm_core.objectives import Objective
 from ipvrm_core.packing import cu_seqlens_from_lengths
 from ipvrm_core.trainer import inputs
-from ipvrm_core.trainer.calibration import PLACES, expected_calibration_error, prefix_probabilities, reliability
 from ipvrm_core.trainer.config import RewardModel
+from ipvrm_core.trainer.evaluation.reward_model.calibration import (
+    PLACES,
+    expected_calibration_error,
+    prefix_probabilities,
+    reliability,
+)
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.files import write_json
 from ipvrm_core.trainer.identity import model_digests
@@ -57,7 +62,7 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
         del reference
         model = experiment.trainable(model, "rm", name).train()
         if objective.head == "value":
-            add_value_head(model)
+            add_value_head(model.model)
         _train(experiment, name, folder, model, objective, data, experts)
 
 
@@ -71,8 +76,8 @@ def _train(
     experts: list[Labelled],
 ) -> None:
     settings = experiment.config.rm[name]
-    optimizer = make_optimizer(model, settings.optim)
-    warning = vanishing_steps(model, settings.optim, settings.steps)
+    optimizer = make_optimizer(model.model, settings.optim)
+    warning = vanishing_steps(model.model, settings.optim, settings.steps)
     if warning:
         tqdm.write(f"rm.{name}.optim: {warning}")
     show = ("loss", "grad_norm", "held_out_auc")
@@ -80,7 +85,7 @@ def _train(
     per_step = settings.batch // size
     shuffle = stable_seed(experiment.config.seed, "rm order")  # the same order for every reward model of a run
     with Training(
-        experiment, folder, settings.steps, {"model": model}, {"model": optimizer}, show=show, every=25
+        experiment, folder, settings.steps, {"model": model.model}, {"model": optimizer}, show=show, every=25
     ) as training:
         best = Best(folder, settings.stop_metric, settings.patience, training.state)
         for step in training.steps():
@@ -94,11 +99,11 @@ def _train(
             numbers = {}
             if data.held_out and _validates(settings, step):
                 numbers, bins = measure(experiment, model, data.held_out, objective)
-                if best.see(step, numbers, model, optimizer) and bins:
+                if best.see(step, numbers, model.model, optimizer) and bins:
                     write_json(folder / "calibration.json", {"step": step, "percent_of_answer": bins})
             training.log(step, loss=loss, grad_norm=norm, epoch=step * per_step / len(data.units), **numbers)
-        best.restore(model, optimizer)
-        training.finish(model)
+        best.restore(model.model, optimizer)
+        training.finish(model.model)
         best.forget()
 
 
@@ -117,13 +122,12 @@ def _measure_only(experiment: Experiment, folder, model, objective: Objective, h
     with Training(experiment, folder, 1, {}, {}, show=("held_out_auc",)) as training:
         for step in training.steps():
             training.log(step, **(validate(experiment, model, held_out, objective) if held_out else {}))
-        training.finish(model)
+        training.finish(model.model)
 
 
 def _backward(experiment: Experiment, model, objective: Objective, rows: list[Labelled]) -> float:
     device = experiment.device
     return backward_reward_loss(
-        experiment,
         model,
         objective,
         [row.answer for row in rows],
@@ -152,7 +156,7 @@ def measure(
     reference_N = torch.tensor([v for group in rollouts for values in group.ref_logprobs for v in values])
     was_training = model.training
     model.eval()
-    score_N = scores(experiment, model, objective, answers, reference_N.to(experiment.device)).cpu()
+    score_N = scores(model, objective, answers, reference_N.to(experiment.device)).cpu()
     model.train(was_training)
     lengths = [len(answer.response_ids) for answer in answers]
     cu_seqlens = cu_seqlens_from_lengths(torch.tensor(lengths))

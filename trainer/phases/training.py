@@ -175,7 +175,7 @@ class Training:
         for key, trained in self.models.items():
             if trained is model and hasattr(self.optimizers.get(key), "pairs"):
                 install(model, trained_weights(model, self.optimizers[key]))
-        save_model(model, self.experiment.tokenizer, self.folder / name)
+        save_model(model, self.experiment.text.tokenizer, self.folder / name)
         self.experiment.saved(self.folder / name)
 
     def finish(self, model: nn.Module) -> None:

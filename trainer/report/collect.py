@@ -75,7 +75,7 @@ def collect(config: Config, folder: Path) -> Run:
         reward_models=[
             _phase(folder, f"rm/{name}", f"train-rm --name {name}", rm.steps) for name, rm in config.rm.items()
         ],
-        policies=[_phase(folder, f"rl/{name}", f"distrl --name {name}", rl.steps) for name, rl in config.rl.items()],
+        policies=[_phase(folder, f"rl/{name}", f"rl --name {name}", rl.steps) for name, rl in config.rl.items()],
         rollout=json.loads(summary.read_text()) if summary.exists() else None,
         others=[Phase(name, read_metrics(folder / name / "metrics.jsonl"), None) for name in ("rollout", "eval")],
         rollout_note=None

@@ -49,7 +49,7 @@ POLICY = {
         Panel("rm_loss", "Online reward-model loss", "loss (dimensionless)"),
         Panel("rm_grad_norm", "Reward-model gradient norm", "L2 norm"),
         Panel("rm_score_per_token", "Mean TD error of sampled tokens", "value units per token"),
-        Panel("gae_std", "Std of the process advantage", "advantage (dimensionless)", optional=True),
+        Panel("process_std", "Std of the process advantage", "advantage (dimensionless)", optional=True),
         Panel("candidate_td_std", "Std of candidate TD advantages", "advantage (dimensionless)", optional=True),
     ),
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from ipvrm_core.trainer.calibration import BINS, expected_calibration_error
+from ipvrm_core.trainer.evaluation.reward_model.calibration import BINS, expected_calibration_error
 from ipvrm_core.trainer.report.plots import STYLE, Picture, style_of, svg_of, write_png
 
 WIDTH, HEIGHT, LEFT, RIGHT = 3.5, 4.9, 0.15, 0.97  # inches; the sides of the axes as shares of the width

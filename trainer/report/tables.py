@@ -89,7 +89,7 @@ def method(config: Config, name: str) -> str:
     if rl.reward_model is None:
         return f"{outcome}, " + ("self-guided (SPRO)" if estimator == "MSA" else "outcome reward only")
     kind = "DistRL" if settings.alpha else f"{outcome} with process reward"
-    return f"{kind}, rm.{rl.reward_model.name}, α = {settings.alpha:g}, {estimator} × {settings.gae_coef:g}"
+    return f"{kind}, rm.{rl.reward_model.name}, α = {settings.alpha:g}, {estimator} × {settings.process_coef:g}"
 
 
 def reward_models(run: Run) -> list[dict]:

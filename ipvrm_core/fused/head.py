@@ -1,0 +1,177 @@
+"""x = h W^T + b, a few rows at a time, and the way back from dLoss/dx.
+
+Shape letters: N rows, n rows of one chunk, D hidden size, V vocabulary.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Bytes for the private [n, V] buffers of one call. CPU: where the sweep of bench/cpu.py turns flat. CUDA: about 700
+# rows of a 150k vocabulary, which with dh stays under 0.5 GB at D = 4096; derived, not yet measured.
+DEFAULT_BUFFER_BYTES = {"cpu": 128 << 20, "cuda": 416 << 20}
+_ROW_MULTIPLE = 64
+_MOST_ROWS = 4096  # of a fixed chunk: a product of so many rows is bound by arithmetic at any D
+# Row statistics in torch go over a scratch of this size: in cache on a CPU, few launches on a GPU.
+_SCRATCH_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+
+
+def default_buffer_bytes(device: torch.device) -> int:
+    """The budget used where `max_buffer_bytes` is None."""
+    return DEFAULT_BUFFER_BYTES.get(device.type, DEFAULT_BUFFER_BYTES["cuda"])
+
+
+def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The accumulation type: float32, or float64 as soon as one tensor has it."""
+    doubles = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if doubles else torch.float32
+
+
+def rows_per_chunk(n_rows: int, vocabulary: int, bytes_per_logit: int, buffer_bytes: int) -> int:
+    """How many rows fit: at least 1, at most N, a multiple of 64 when there are that many."""
+    rows = buffer_bytes // (vocabulary * bytes_per_logit)
+    if rows > _ROW_MULTIPLE:
+        rows -= rows % _ROW_MULTIPLE
+    return max(1, min(n_rows, rows))
+
+
+class Head:
+    """The head's outputs in chunks of rows. With weight=None `hidden` already is x [N, V].
+
+    fixed: every product has the same number of rows, set by V and the budget alone; the last chunk is padded. BLAS then
+    runs the same code whatever N is, so a row's bits do not depend on what follows it. Otherwise the last chunk is
+    shorter and no chunk is longer than N.
+
+    masked_N [N] bool: rows that are taken as zeros, whatever they hold (for dW that is 0 * NaN).
+
+    bfloat16 on CUDA multiplies in tensor cores into float32. Any other half-precision weight is upcast once a call
+    (V * D * 4 bytes): CPU products have no float32 output, and float16 gradients underflow at weights of 1/tokens.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        buffer_bytes: int,
+        *,
+        extra_bytes_per_logit: int = 0,
+        fixed: bool = False,
+        masked_N: Tensor | None = None,
+    ) -> None:
+        self.N, self.V = hidden.shape[0], (hidden if weight is None else weight).shape[-1 if weight is None else 0]
+        self.wide = wide_dtype(hidden, weight, bias)
+        self.tensor_cores = weight is not None and hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
+        self.hidden, self.masked_N = hidden, masked_N
+        self.weight = weight if weight is None or self.tensor_cores else weight.to(self.wide)
+        self.bias = None if bias is None else bias.to(self.wide)
+        self.fixed = fixed and weight is not None
+        most = _MOST_ROWS if self.fixed else self.N
+        self.n = rows_per_chunk(most, self.V, self.wide.itemsize + extra_bytes_per_logit, buffer_bytes)
+
+    def hidden_rows(self, rows: slice) -> Tensor:
+        """h[rows] as the operand of a product with W or dx."""
+        hidden_nD = self.hidden[rows] if self.tensor_cores else self.hidden[rows].to(self.wide)
+        return hidden_nD if self.masked_N is None else hidden_nD.masked_fill(self.masked_N[rows, None], 0.0)
+
+    def chunks(self) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, x [n, V]) in the wide type; x is the caller's to overwrite until the next chunk."""
+        buffer_nV = self.hidden.new_empty(self.n, self.V, dtype=self.wide)
+        for start in range(0, self.N, self.n):
+            rows = slice(start, min(start + self.n, self.N))
+            yield rows, self._fill(rows, buffer_nV)
+
+    def _fill(self, rows: slice, buffer_nV: Tensor) -> Tensor:
+        x_nV = buffer_nV[: rows.stop - rows.start]
+        if self.weight is None:
+            x_nV.copy_(self.hidden[rows])
+            return x_nV if self.masked_N is None else x_nV.masked_fill_(self.masked_N[rows, None], 0.0)
+        hidden_nD = self.hidden_rows(rows)
+        if self.fixed:
+            hidden_nD, target_nV = padded(hidden_nD, self.n), buffer_nV
+        else:
+            target_nV = x_nV
+        kind = {"out_dtype": self.wide} if self.tensor_cores else {}
+        if self.bias is None:
+            torch.mm(hidden_nD, self.weight.t(), out=target_nV, **kind)
+        else:
+            torch.addmm(self.bias, hidden_nD, self.weight.t(), out=target_nV, **kind)
+        return x_nV
+
+
+def padded(x_nD: Tensor, rows: int) -> Tensor:
+    """x with rows of zeros below, up to the given number."""
+    if len(x_nD) == rows:
+        return x_nD
+    return torch.cat([x_nD, x_nD.new_zeros(rows - len(x_nD), *x_nD.shape[1:])])
+
+
+class HeadGradients:
+    """dh, dW and db from dLoss/dx, chunk by chunk. dW and db add up in the wide type.
+
+    With weight=None, `into` may name the tensor that receives dx. Products use `out=` or in-place forms only: autocast
+    leaves those alone.
+    """
+
+    def __init__(self, head: Head, need: list[bool], into: Tensor | None = None) -> None:
+        self.head = head
+        new, wide = head.hidden.new_empty, head.wide
+        need_hidden, need_weight, need_bias = need
+        self.hidden = (new(head.hidden.shape) if into is None else into) if need_hidden else None
+        self.weight = None
+        if need_weight:
+            assert head.weight is not None
+            self.weight = head.weight.new_zeros(head.weight.shape, dtype=wide)
+        self.bias = new(head.V, dtype=wide).zero_() if need_bias else None
+
+    def target(self, rows: slice, x_nV: Tensor) -> Tensor:
+        """Where a kernel should write dx of these rows: the result itself, or the memory of x in the product's type."""
+        if self.head.weight is None:  # kernels want rows of stride 1; where the result has others, x is a private copy
+            assert self.hidden is not None
+            return self.hidden[rows] if self.hidden.stride(1) == 1 else x_nV
+        return x_nV.view(torch.bfloat16)[:, : self.head.V] if self.head.tensor_cores else x_nV
+
+    def add(self, rows: slice, dx_nV: Tensor) -> None:
+        """Account for dx of these rows; dx is read only."""
+        head = self.head
+        if head.weight is None:
+            if self.hidden is not None and self.hidden[rows].data_ptr() != dx_nV.data_ptr():
+                self.hidden[rows] = dx_nV
+            return
+        if self.bias is not None:
+            self.bias.add_(dx_nV.sum(0, dtype=head.wide))
+        dx_nV = dx_nV.to(torch.bfloat16) if head.tensor_cores else dx_nV
+        if self.hidden is not None:
+            self._add_hidden(self.hidden[rows], dx_nV)
+        if self.weight is not None:
+            kind = {"out_dtype": head.wide} if head.tensor_cores else {}
+            torch.addmm(self.weight, dx_nV.t(), head.hidden_rows(rows), out=self.weight, **kind)
+
+    def _add_hidden(self, target_nD: Tensor, dx_nV: Tensor) -> None:
+        n = len(dx_nV)
+        if self.head.fixed and n < self.head.n:  # the buffer goes on below the last row; what stands there is not used
+            dx_nV = dx_nV.as_strided((self.head.n, dx_nV.shape[1]), dx_nV.stride())
+        direct = len(dx_nV) == n and target_nD.dtype == dx_nV.dtype
+        product_nD = target_nD if direct else dx_nV.new_empty(len(dx_nV), target_nD.shape[1])
+        torch.mm(dx_nV, self.head.weight, out=product_nD)
+        if not direct:
+            target_nD.copy_(product_nD[:n])
+
+    def result(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """(dh, dW, db) in the dtypes of the given inputs; an empty tensor for each one that was not asked for."""
+        pairs = ((self.hidden, hidden), (self.weight, weight), (self.bias, bias))
+        return tuple(
+            hidden.new_empty(0) if grad is None or like is None else grad.to(like.dtype) for grad, like in pairs
+        )
+
+
+def empty_gradients(
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, need: list[bool]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `HeadGradients.result` returns, without values: for the fake (shape-only) kernels. need = (h, W, b)."""
+    inputs = (hidden, weight, bias)
+    return tuple(
+        torch.empty_like(tensor, memory_format=torch.contiguous_format) if wanted else hidden.new_empty(0)
+        for tensor, wanted in zip(inputs, need, strict=True)
+    )

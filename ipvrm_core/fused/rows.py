@@ -1,0 +1,123 @@
+"""The work on the rows of a chunk in torch alone. `triton_rows` is the same in Triton kernels; `row_work` chooses.
+
+Shape letters: n rows of a chunk, V vocabulary, K ids a row, k candidate slots of the search.
+"""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ipvrm_core.fused.head import _SCRATCH_BYTES, Head, rows_per_chunk
+from ipvrm_core.fused.policy_terms import policy_terms
+from ipvrm_core.fused.softmax import RowSoftmax, logit_gradient_, row_softmax_
+from ipvrm_core.fused.transform import LogitTransform
+from ipvrm_core.types import PolicyBatch, PolicyLossConfig
+
+if TYPE_CHECKING:
+    from ipvrm_core.fused.triton_rows import TritonRows
+
+
+def row_work(triton: bool, *arguments) -> "TorchRows | TritonRows":
+    """TorchRows(...) or TritonRows(...), whose interface is the same."""
+    if not triton:
+        return TorchRows(*arguments)
+    from ipvrm_core.fused.triton_rows import TritonRows
+
+    return TritonRows(*arguments)
+
+
+class TorchRows:
+    """`head` makes the chunks, which this work overwrites; `transform` turns them into logits. masked_N: see `Head`."""
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        transform: LogitTransform,
+        max_buffer_bytes: int,
+        masked_N: Tensor | None = None,
+    ) -> None:
+        self.transform = transform
+        scratch_bytes = min(_SCRATCH_BYTES.get(hidden.device.type, 256 << 20), max_buffer_bytes // 4)
+        bfloat16 = 2 * (hidden.is_cuda and hidden.dtype == torch.bfloat16 and weight is not None)
+        slope = 0 if transform.softcap is None else 4
+        budget, extra = max_buffer_bytes - scratch_bytes, bfloat16 + slope
+        self.head = Head(hidden, weight, bias, budget, extra_bytes_per_logit=extra, masked_N=masked_N)
+        b = rows_per_chunk(self.head.n, self.head.V, self.head.wide.itemsize, scratch_bytes)
+        self.scratch = hidden.new_empty(b, self.head.V, dtype=self.head.wide)
+
+    def logprobs(self, rows: slice, x_nV: Tensor, ids_nK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(log p at ids [n, K]; LSE [n]; entropy [n]; what `logprobs_gradient` wants to be told again, [n, 2])."""
+        self.transform.rows(rows).apply_(x_nV)
+        softmax = row_softmax_(x_nV, self.scratch, ids_nK)
+        nothing_n2 = softmax.lse_N.new_zeros(len(x_nV), 2)
+        return softmax.logprobs_NK, softmax.lse_N, softmax.entropy_N, nothing_n2
+
+    def td_errors(self, rows: slice, x_nV: Tensor, ids_nK: Tensor, old_nK: Tensor, beta: float) -> Tensor:
+        """beta (log p - old) at ids [n, K], 0 at padding."""
+        return beta * (self.logprobs(rows, x_nV, ids_nK)[0] - old_nK).masked_fill(ids_nK < 0, 0.0)
+
+    def logprobs_gradient(
+        self,
+        rows: slice,
+        x_nV: Tensor,
+        target_nV: Tensor,
+        ids_nK: Tensor,
+        c_nK: Tensor,
+        grad_lse_n: Tensor | None,
+        grad_entropy_n: Tensor | None,
+        normalizer_n2: Tensor,
+        entropy_n: Tensor,
+    ) -> Tensor:
+        """dLoss/dx [n, V]. The statistics are made again: here x becomes exp(l - max), which the gradient needs."""
+        slope_nV = self.transform.rows(rows).apply_(x_nV)
+        softmax = row_softmax_(x_nV, self.scratch, ids_nK)
+        return self._gradient(rows, softmax, ids_nK, c_nK, slope_nV, grad_lse_n, grad_entropy_n)
+
+    def policy(
+        self, rows: slice, x_nV: Tensor, target_nV: Tensor | None, batch: PolicyBatch, settings: PolicyLossConfig
+    ) -> tuple[Tensor, Tensor | None]:
+        """(metrics [n, M], dLoss/dx [n, V] or None if no target is given)."""
+        slope_nV, batch_n = self.transform.rows(rows).apply_(x_nV), batch.rows(rows)
+        softmax = row_softmax_(x_nV, self.scratch, batch_n.ids_NS)
+        terms = policy_terms(softmax.logprobs_NK, softmax.entropy_N, batch_n, settings)
+        if target_nV is None:
+            return terms.metrics_NM, None
+        grad_entropy_n = terms.grad_entropy_N if settings.entropy_coef else None
+        return terms.metrics_NM, self._gradient(
+            rows, softmax, batch_n.ids_NS, terms.c_NS, slope_nV, None, grad_entropy_n
+        )
+
+    def _gradient(
+        self,
+        rows: slice,
+        softmax: RowSoftmax,
+        ids_nK: Tensor,
+        c_nK: Tensor,
+        slope_nV: Tensor | None,
+        grad_lse_n: Tensor | None,
+        grad_entropy_n: Tensor | None,
+    ) -> Tensor:
+        """Equation (1) divided by T, times dy/dx."""
+        T = self.transform.rows(rows).column(c_nK)
+        per_row = T if isinstance(T, float) else T[:, 0]
+        others = (None if grad is None else grad / per_row for grad in (grad_lse_n, grad_entropy_n))
+        dx_nV = logit_gradient_(softmax, self.scratch, ids_nK, c_nK / T, *others)
+        return dx_nV if slope_nV is None else dx_nV.mul_(slope_nV)
+
+    def candidates(
+        self, rows: slice, x_nV: Tensor, sampled_n: Tensor, k: int, threshold: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(ids [n, k] ascending, < 0 where no member; log p [n, k]; sampled log p [n]; entropy [n]).
+
+        Members have log p >= threshold. At most k tokens can, and they are the most probable ones: a top-k of each row
+        holds them all.
+        """
+        self.transform.rows(rows).apply_(x_nV)
+        likely_nk = x_nV.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
+        softmax = row_softmax_(x_nV, self.scratch, torch.cat([likely_nk, sampled_n[:, None]], dim=1))
+        logp_nk = softmax.logprobs_NK[:, :k]
+        member_nk = logp_nk >= threshold
+        return likely_nk.masked_fill(~member_nk, -1), logp_nk, softmax.logprobs_NK[:, k], softmax.entropy_N

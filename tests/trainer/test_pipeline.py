@@ -1,0 +1,89 @@
+"""`ipvrm run`: which phases, in which order, how many side by side, and what happens when one fails."""
+
+import signal
+import subprocess
+import time
+
+import pytest
+
+from ipvrm_core.trainer import pipeline
+from ipvrm_core.trainer.pipeline import jobs_of
+
+FULL = {
+    "sft": {},
+    "rollout": {"prompts": 8, "held_out": 2},
+    "rm": {"a": {}, "b": {}},
+    "rl": {"plain": {}, "dist": {"reward_model": {"name": "b"}}},
+}
+
+
+def test_jobs_and_what_they_wait_for(tiny_config):
+    jobs = {job.key: job for job in jobs_of(tiny_config(**FULL))}
+    assert {key: job.after for key, job in jobs.items()} == {
+        "sft": (),
+        "rollout": ("sft",),
+        "rm.a": ("rollout",),
+        "rm.b": ("rollout",),
+        "rl.plain": ("sft",),
+        "rl.dist": ("rm.b",),
+        "eval": ("sft", "rollout", "rm.a", "rm.b", "rl.plain", "rl.dist"),
+        "report": ("eval",),
+    }
+    assert jobs["rm.b"].words == ("train-rm", "--name", "b")
+    assert jobs["rl.dist"].words == ("rl", "--name", "dist")
+
+
+def test_only_the_phases_of_the_configuration(tiny_config):
+    assert [job.key for job in jobs_of(tiny_config(rl={"x": {}}))] == ["rl.x", "eval", "report"]
+    assert jobs_of(tiny_config(rl={"x": {}}))[0].after == ()
+
+
+@pytest.fixture
+def faked(monkeypatch):
+    """Replaces the phases by shell commands; gives back (key, started at, process)."""
+
+    def use(commands: dict[str, str]) -> list[tuple[str, float, subprocess.Popen]]:
+        started = []
+
+        def start(job, run_folder, logs, parallel):
+            with open(logs / f"{job.key}.txt", "a") as log:
+                process = subprocess.Popen(["sh", "-c", commands.get(job.key, "exit 0")], stdout=log, stderr=log)
+            running = sum(process.poll() is None for _, _, process in started)
+            assert running < parallel
+            started.append((job.key, time.perf_counter(), process))
+            return process
+
+        monkeypatch.setattr(pipeline, "_start", start)
+        return started
+
+    return use
+
+
+@pytest.mark.parametrize("parallel", [1, 3])
+def test_jobs_run_after_what_they_need(tiny_config, tmp_path, faked, parallel):
+    started = faked({})
+    config = tiny_config(**FULL)
+    pipeline.run(config, tmp_path, parallel)
+    order = [key for key, _, _ in started]
+    assert sorted(order) == sorted(job.key for job in jobs_of(config))
+    for job in jobs_of(config):
+        assert all(order.index(need) < order.index(job.key) for need in job.after)
+
+
+def test_a_failure_is_named_with_its_last_lines_and_ends_the_others(tiny_config, tmp_path, faked):
+    started = faked({"rm.a": "sleep 0.3; echo the reason; exit 3", "rm.b": "exec sleep 60"})
+    with pytest.raises(RuntimeError, match=r"rm\.a failed with exit status 3:\n(.*\n)*the reason"):
+        pipeline.run(tiny_config(**{**FULL, "rl": {}}), tmp_path, 2)
+    processes = {key: process for key, _, process in started}
+    assert set(processes) == {"sft", "rollout", "rm.a", "rm.b"}
+    assert processes["rm.b"].poll() is not None
+
+
+def test_a_phase_that_does_not_end_is_killed(monkeypatch):
+    monkeypatch.setattr(pipeline, "GRACE_SECONDS", -4.5)  # half a second in all
+    code = "trap '' TERM; echo ready; while :; do sleep 0.1; done"
+    deaf = subprocess.Popen(["sh", "-c", code], stdout=subprocess.PIPE)
+    deaf.stdout.readline()
+    pipeline._end([deaf])
+    deaf.stdout.close()
+    assert deaf.returncode == -signal.SIGKILL

@@ -1,0 +1,144 @@
+"""Every setting, mode and property of a model arrives at the function that acts on it: the pieces of a step alone."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from ipvrm_core import METHODS
+from ipvrm_core.credit import Credit
+from ipvrm_core.objectives.dpo import Dpo
+from ipvrm_core.objectives.ipvrm import Ipvrm
+from ipvrm_core.reference.policy_loss import distrl_loss_from_logits
+from ipvrm_core.trainer.config import RlRewardModel
+from ipvrm_core.trainer.language_model import LanguageModel
+from ipvrm_core.trainer.reward import backward_reward_loss
+from ipvrm_core.trainer.rl import credit as crediting
+from ipvrm_core.trainer.rl import policy_update, reward_update
+from ipvrm_core.trainer.rl.credit import BatchCredit, assign
+from ipvrm_core.trainer.rl.old_policy import old_policy
+from ipvrm_core.trainer.rl.policy_update import make_policy_batch, update_policy
+from ipvrm_core.trainer.rl.reward_update import update_reward_model
+from tests.batches import CU, full_logits, two_prompts, two_short_answers
+
+PAPER = METHODS["paper"]
+TARGETS = torch.tensor([token for answer in two_prompts().answers for token in answer.response_ids])
+
+
+def test_the_candidate_baseline(monkeypatch):
+    """p = (.6, .2), delta = (3, -1): the mean over the candidates is (1.8 - .2) / .8 = 2."""
+    batch, old = two_short_answers()
+    errors_NS = torch.tensor([[3.0, 3.0, -1.0], [0.0, 0.0, 0.0], [-1.0, -1.0, 3.0], [0.0, 0.0, 0.0]])
+    monkeypatch.setattr(crediting, "td_errors", lambda *_: errors_NS)
+    plain, centred = (
+        assign(replace(PAPER, candidate_baseline=name), batch, old, object(), Ipvrm()).credit.credit_NS
+        for name in ("none", "mean")
+    )
+    assert torch.equal(plain[:, 1:], errors_NS[:, 1:])
+    torch.testing.assert_close(centred[:, 1:], torch.tensor([[1.0, -3.0], [0.0, 0.0], [-1.0, 3.0], [0.0, 0.0]]))
+    assert torch.equal(plain[:, 0], centred[:, 0])
+
+
+@pytest.mark.parametrize(("form", "expected"), [("std_plus_eps", 2.0), ("floored_std", 4.0)])
+def test_the_form_of_sigma(form, expected):
+    """Values of std 1e-6, as large as eps: 4e-6 is divided by their sum, or by the larger of them."""
+    _, old = two_short_answers()
+    values_N = 1e-6 * torch.tensor([1.0, -1.0, 1.0, -1.0])
+    credit = Credit(torch.full((4, 3), 4e-6), values_N)
+    made = BatchCredit(credit, old.candidates.ids_NS, old.candidates.logprobs_NS, old.cu_seqlens, {})
+    rows = make_policy_batch(replace(PAPER, sigma_form=form), made, [0, 1], None)
+    torch.testing.assert_close(rows.advantages_NS[:, 1:], torch.full((4, 2), expected))
+    assert (rows.advantages_NS[:, 0] == 4e-6).all()  # A_t is divided by nothing
+
+
+HEADS = {"a soft cap": {"final_logit_softcapping": 4.0}, "a scale": {"logit_scale": 0.25}}
+
+
+@pytest.fixture(params=HEADS)
+def policy(tiny_model, request):
+    """make(temperature) -> (a policy whose head has a bias, and a soft cap or a scale; its logits by hand)."""
+
+    def make(temperature: float = 1.0):
+        model = LanguageModel(tiny_model(1, 12.0), temperature=temperature)
+        output = model.model.get_output_embeddings()
+        output.bias = torch.nn.Parameter(torch.linspace(-1, 1, len(output.weight)))  # the model's own logits have it
+        vars(model.model.config).update(HEADS[request.param])
+        logits_NV = full_logits(model, two_prompts().answers)
+        return model, 4 * (logits_NV / 4).tanh() if request.param == "a soft cap" else 0.25 * logits_NV
+
+    return make
+
+
+@pytest.fixture
+def updated(tiny_config, tiny_model, policy, monkeypatch):
+    """updated(temperature, **settings of the run) -> (numbers of a step on all answers, what the reference says)."""
+    batch, reward_model = two_prompts(), LanguageModel(tiny_model(2, 12.0))
+    monkeypatch.setattr(policy_update, "apply_step", lambda *_: 0.0)
+
+    def run(temperature: float = 1.0, **settings):
+        rl = tiny_config(rl={"x": {"minibatch": 6, "method": {"alpha": 2.0}, **settings}}).rl["x"]
+        (model, logits_NV), method = policy(temperature), rl.resolved()
+        old = old_policy(model, method, batch.answers)
+        credit, ref_N = assign(method, batch, old, reward_model, Ipvrm()), old.logprobs_N - 0.3
+        credit.old_logprobs_NS[:, 0] += 0.1  # as if the policy had moved
+        torch.manual_seed(0)
+        numbers = update_policy(model, None, rl, method, batch.answers, credit, ref_N, 1)
+        made = make_policy_batch(method, credit, range(6), ref_N)
+        config = method.loss_config(temperature, kl_coef=rl.kl_coef, entropy_coef=rl.entropy_coef)
+        assert model.training
+        return numbers, distrl_loss_from_logits(logits_NV, made, config)
+
+    return run
+
+
+@pytest.mark.parametrize("settings", [{}, {"kl_coef": 0.5}, {"entropy_coef": 0.5}, {"temperature": 0.5}], ids=str)
+def test_what_the_policy_loss_is_told(updated, settings):
+    """Bias, soft cap and scale of the head, the temperature, and the coefficients of the run."""
+    numbers, expected = updated(**settings)
+    assert numbers["loss"] == pytest.approx(expected.loss.item(), abs=1e-4)
+    for name in ("loss_sampled", "loss_candidates", "kl_ref", "kl_old"):
+        assert numbers[name] == pytest.approx(expected.metrics[name].item(), abs=1e-4)
+    assert min(expected.metrics["entropy"], expected.metrics["kl_ref"]) > 0.01  # the terms say something
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_log_probs_know_temperature_bias_soft_cap_and_scale(policy, temperature):
+    model, logits_NV = policy(temperature)
+    answers = two_prompts().answers
+    logp_NV = (logits_NV / temperature).log_softmax(-1)
+    expected_N = logp_NV.gather(1, TARGETS[:, None])[:, 0]
+    for got_N in (model.logprobs(answers), old_policy(model, PAPER, answers).logprobs_N):
+        torch.testing.assert_close(got_N, expected_N, rtol=0, atol=1e-4)
+
+
+def test_a_pair_weighs_as_its_winner(tiny_model):
+    """Twice the weight of the answers 0, 2, 4; beta (Q_w - Q_l) by hand from the log-probs."""
+    model, answers = LanguageModel(tiny_model(1)), two_prompts().answers
+    weights_B, ref_N = torch.tensor([0.5, 9.0, 0.25, 9.0, 0.0, 9.0]), torch.full((len(TARGETS),), -2.0)
+    loss = backward_reward_loss(model, Dpo(beta=0.1), answers, ref_N, torch.zeros(6), weights_B)
+    q_N = model.logprobs(answers) - ref_N
+    q_B = torch.stack([part.sum() for part in q_N.split(CU.diff().tolist())])
+    losses_P = torch.nn.functional.softplus(-0.1 * (q_B[::2] - q_B[1::2]))
+    assert loss == pytest.approx((losses_P * torch.tensor([1.0, 0.5, 0.0])).sum().item(), rel=1e-5)
+
+
+def test_the_reward_model_learns_in_training_mode_and_scores_in_evaluation_mode(tiny_model, monkeypatch):
+    batch, model, modes = two_prompts(), LanguageModel(tiny_model(1)), []
+    old = old_policy(LanguageModel(tiny_model(2)), PAPER, batch.answers)
+
+    def learn(model, *_):
+        modes.append(("learn", model.training, model.model.training))
+        return 0.0
+
+    def score(model, answers, ids_NS, against_NS, beta):
+        modes.append(("score", model.training, model.model.training))
+        return against_NS
+
+    monkeypatch.setattr(reward_update, "backward_reward_loss", learn)
+    monkeypatch.setattr(LanguageModel, "td_errors", score)
+    monkeypatch.setattr(reward_update, "apply_step", lambda *_: 0.0)
+    settings = RlRewardModel(name="x", batch=6)
+    for _ in range(2):  # each finds the model as the other left it
+        update_reward_model(model, None, Ipvrm(), settings, PAPER, batch, old, old.logprobs_N, 1, 1)
+        assign(PAPER, batch, old, model, Ipvrm())
+    assert modes == [("learn", True, True), ("score", False, False)] * 2

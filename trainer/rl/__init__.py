@@ -1,0 +1,1 @@
+"""One RL step in its parts; step.py has them in their order."""

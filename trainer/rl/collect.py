@@ -1,0 +1,99 @@
+"""One batch of on-policy answers: oversample prompts, verify, keep those whose answers are mixed and in the range."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ipvrm_core.method import Method
+from ipvrm_core.sequences.advantages import answer_advantages
+from ipvrm_core.trainer.batching import Answer
+from ipvrm_core.trainer.config import Batch
+from ipvrm_core.trainer.experiment import Experiment
+from ipvrm_core.trainer.sampling.base import Sample, Sampler
+from ipvrm_core.trainer.sampling.verified import right_share
+from ipvrm_core.trainer.verify import Verdict
+from ipvrm_core.trainer.verify.base import all_decided
+
+Group = list[tuple[Sample, Verdict]]  # the answers to one prompt
+
+
+@dataclass(frozen=True)
+class Collected:
+    """B = kept prompts x rollouts answers, groups contiguous; none where there is nothing to learn from."""
+
+    answers: list[Answer]
+    rewards_B: Tensor  # 0/1 float32
+    groups_B: Tensor  # int64
+    group_mean_B: Tensor  # mu of the answer's prompt
+    cursor: int  # the next unused training example
+    numbers: dict[str, float]
+
+    def outcome(self, method: Method) -> Tensor:
+        """The advantage of each whole answer: [B]."""
+        return answer_advantages(self.rewards_B, self.groups_B, method.outcome)
+
+
+def collect(experiment: Experiment, sampler: Sampler, batch: Batch, cursor: int) -> Collected:
+    """Sample `prompts` prompts x `rollouts` answers and keep the first `keep_prompts` of the mixed ones, 0 < mu < 1,
+    with mu in `accuracy_range`. A prompt with an answer that has no verdict is left out altogether.
+
+    Too few of them: `sample_on` samples further prompts, `fill` completes the quota with the others (unmixed: zero
+    outcome advantage, no reward-model loss), and samples further ones only while not a single prompt is kept. After
+    `max_rounds` rounds either goes on with what is there.
+    """
+    groups: list[Group] = []
+    enough = batch.keep_prompts if batch.too_few_mixed == "sample_on" else 1
+    for _ in range(batch.max_rounds):
+        groups += _round(experiment, sampler, batch, cursor)
+        cursor += batch.prompts
+        judged = [group for group in groups if all_decided(verdict for _, verdict in group)]
+        good = [group for group in judged if batch.keeps(_right(group))]
+        if len(good) >= enough:
+            break
+    kept = good[: batch.keep_prompts]
+    if good and batch.too_few_mixed == "fill":
+        others = [group for group in judged if not batch.keeps(_right(group))]
+        kept = kept + others[: batch.keep_prompts - len(kept)]
+    rewards_GS = torch.tensor([[float(verdict.correct) for _, verdict in group] for group in kept])
+    rewards_GS = rewards_GS.view(len(kept), batch.rollouts)  # also where none is kept
+    statuses = Counter(verdict.status for group in groups for _, verdict in group)
+    return Collected(
+        answers=[Answer(sample.prompt_ids, sample.response_ids) for group in kept for sample, _ in group],
+        rewards_B=rewards_GS.flatten().to(experiment.device),
+        groups_B=torch.arange(len(kept)).repeat_interleave(batch.rollouts).to(experiment.device),
+        group_mean_B=rewards_GS.mean(1).repeat_interleave(batch.rollouts).to(experiment.device),
+        cursor=cursor,
+        numbers={
+            **_round_numbers(groups[: batch.prompts]),
+            "sampled_prompts": len(groups),
+            "kept_prompts": len(kept),
+            "unjudged_prompts": len(groups) - len(judged),
+            **{f"verdict_{name}": statuses[name] for name in ("no_answer", "unfinished", "timeout", "error")},
+        },
+    )
+
+
+def _round(experiment: Experiment, sampler: Sampler, batch: Batch, cursor: int) -> list[Group]:
+    examples, size = experiment.examples("rl", cursor, batch.prompts), batch.rollouts
+    found = experiment.asker.ask(sampler, examples, experiment.drawing(size))
+    pairs = list(zip(*found, strict=True))
+    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+
+
+def _right(group: Group) -> int:
+    return sum(verdict.correct for _, verdict in group)
+
+
+def _round_numbers(groups: Sequence[Group]) -> dict[str, float]:
+    """Statistics of the first round only: later rounds are the same policy on more prompts."""
+    samples = [sample for group in groups for sample, _ in group]
+    judged = [group for group in groups if all_decided(verdict for _, verdict in group)]
+    return {
+        "accuracy": right_share([verdict for group in groups for _, verdict in group]),
+        "mixed_prompts": sum(0 < _right(group) < len(group) for group in judged) / max(1, len(judged)),
+        "response_length": sum(len(sample.response_ids) for sample in samples) / len(samples),
+        "finished": sum(sample.finished for sample in samples) / len(samples),
+    }

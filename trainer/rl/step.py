@@ -1,0 +1,74 @@
+"""One RL step, read from top to bottom: GRPO, GRPO with a process reward, DistRL; which one is a matter of settings."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from ipvrm_core.method import Method
+from ipvrm_core.objectives import Objective
+from ipvrm_core.trainer.config import Rl
+from ipvrm_core.trainer.experiment import Experiment
+from ipvrm_core.trainer.language_model import LanguageModel
+from ipvrm_core.trainer.rl.collect import Collected, collect
+from ipvrm_core.trainer.rl.credit import assign
+from ipvrm_core.trainer.rl.old_policy import old_policy
+from ipvrm_core.trainer.rl.policy_update import update_policy
+from ipvrm_core.trainer.rl.reward_update import update_reward_model
+from ipvrm_core.trainer.sampling.base import Sampler
+
+
+@dataclass
+class Learner:
+    """What the steps of a policy run have in common. reference: the start, where something is compared with it."""
+
+    name: str
+    rl: Rl
+    method: Method
+    policy: LanguageModel
+    sampler: Sampler
+    optimizers: dict[str, torch.optim.Optimizer]  # policy, and reward_model where that is updated
+    reward_model: LanguageModel | None = None
+    objective: Objective | None = None
+    reference: LanguageModel | None = None
+
+
+def rl_step(
+    experiment: Experiment, learner: Learner, step: int, cursor: int, uses: Callable
+) -> tuple[Collected, dict[str, float]]:
+    """Sample, judge and keep a batch; credit every token and candidate; update. Without a batch nothing else.
+
+    cursor: the next unused training example. uses: is told what the step trains on. Returns the batch and the numbers.
+    """
+    rl, method = learner.rl, learner.method
+    experiment.seed("rl", learner.name, step)
+    batch = collect(experiment, learner.sampler, rl.batch, cursor)
+    if not batch.answers:
+        return batch, batch.numbers
+    uses(batch.answers, rewards=batch.rewards_B.tolist(), groups=batch.groups_B.tolist())
+
+    old = old_policy(learner.policy, method, batch.answers)
+    ref_N = None if learner.reference is None else learner.reference.logprobs(batch.answers)
+
+    def update_rm() -> dict[str, float]:
+        against_N = ref_N if method.online_reference == "sft" else old.logprobs_N
+        parts = learner.reward_model, learner.optimizers["reward_model"], learner.objective, rl.reward_model
+        return update_reward_model(*parts, method, batch, old, against_N, step, rl.steps)
+
+    schedule = rl.reward_model.update if rl.reward_model else "none"
+    rm_numbers = update_rm() if schedule == "before" else {}
+    credit = assign(method, batch, old, learner.reward_model, learner.objective, ref_N, learner.reference)
+    policy_numbers = update_policy(
+        learner.policy,
+        learner.optimizers["policy"],
+        rl,
+        method,
+        batch.answers,
+        credit,
+        ref_N if rl.kl_coef else None,
+        step,
+    )
+    learner.sampler.sync(learner.policy)
+    if schedule == "after":
+        rm_numbers = update_rm()
+    return batch, {**batch.numbers, **rm_numbers, **credit.numbers, **policy_numbers}
