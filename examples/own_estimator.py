@@ -20,7 +20,9 @@ class BestToCome(Estimator):
     name = "best_to_come"
 
     def process(self, tokens: TokenRewards, method: Method) -> Tensor:
-        normal_N = group_normalize(tokens.reward_N, tokens.cu_seqlens, tokens.groups_B)
+        normal_N = group_normalize(
+            tokens.reward_N, tokens.cu_seqlens, tokens.groups_B, process_group=tokens.process_group
+        )
         padded_BT = unpack(normal_N, tokens.cu_seqlens, fill=-torch.inf)
         best_BT = padded_BT.flip(1).cummax(1).values.flip(1)
         return pack(best_BT, padded_BT > -torch.inf)[0]

@@ -59,11 +59,7 @@ def head_of(model: nn.Module) -> Head:
     if any("lora_" in name for name, _ in output.named_parameters()):
         raise ValueError("the output head has adapters, which would be ignored: leave it out of target_modules")
     config = model.config.get_text_config()
-    bias, softcap, scale = (
-        getattr(output, "bias", None),
-        getattr(config, "final_logit_softcapping", None),
-        _scale(config),
-    )
+    softcap, scale = getattr(config, "final_logit_softcapping", None), _scale(config)
     if scale != 1 and softcap:
         raise ValueError(f"a head with a logit scale ({scale:g}) and a soft cap ({softcap:g}) is not supported")
     bias = getattr(output, "bias", None)

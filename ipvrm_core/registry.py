@@ -50,7 +50,7 @@ class Registry(Generic[T]):
         path, _, attribute = name.partition(":")
         try:
             cls = getattr(import_module(path), attribute)
-        except (ImportError, AttributeError, ValueError) as error:
+        except (ImportError, AttributeError, ValueError, SyntaxError) as error:
             raise ValueError(f"{self.kind} {name!r} cannot be imported: {error}") from None
         if not (isinstance(cls, type) and issubclass(cls, self.base)):
             raise ValueError(

@@ -10,5 +10,5 @@ class MaskedStep(Estimator):
     name = "msa"
     token_rewards = "own"
 
-    def process(self, tokens, method):  # of this process alone: all answers to a prompt must be on one
-        return masked_step_advantages(tokens.reward_N, tokens.cu_seqlens, tokens.groups_B)
+    def process(self, tokens, method):
+        return masked_step_advantages(tokens.reward_N, tokens.cu_seqlens, tokens.groups_B, tokens.process_group)

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ipvrm_core.packing import check_cu_seqlens, lengths_of, positions
+from ipvrm_core.packing import check_cu_seqlens, cu_seqlens_from_lengths, lengths_of, positions
 from ipvrm_core.sequences import segments
 from ipvrm_core.sequences.groups import Groups, all_reduced, gather, group_index, largest_across
 from ipvrm_core.sequences.segments import expand
@@ -220,16 +220,17 @@ def prime_advantages(
     return whiten(advantages_N, process_group=process_group)
 
 
-def masked_step_advantages(token_rewards_N: Tensor, cu_seqlens: Tensor, groups_B: Groups) -> Tensor:
+def masked_step_advantages(token_rewards_N: Tensor, cu_seqlens: Tensor, groups_B: Groups, process_group=None) -> Tensor:
     """R_t - mean of R_t over the group's sequences that reach t, R_t = sum_{u <= t} r_u: [N] -> [N].
 
-    The masked step advantage of SPRO (2507.01551, eq. 11 and 12), there with r = beta log pi_theta / pi_ref. It has no
-    form over several processes: all answers to a prompt must be here.
+    The masked step advantage of SPRO (2507.01551, eq. 11 and 12), there with r = beta log pi_theta / pi_ref. Across
+    processes the means pass no gradient.
     """
     check_cu_seqlens(cu_seqlens, len(token_rewards_N))
-    groups_B = group_index(groups_B, len(cu_seqlens) - 1, token_rewards_N.device)
-    total = len(token_rewards_N)
     running_N = segments.segment_cumsum(token_rewards_N, cu_seqlens)
-    steps_N = positions(cu_seqlens, total)
-    index_B = groups_B.unique(return_inverse=True)[1]
-    return running_N - moments_within(running_N, expand(index_B, cu_seqlens, total) * (total + 1) + steps_N)[0]
+    lengths_A, groups_A, _ = gather(lengths_of(cu_seqlens), groups_B, process_group)
+    everyone, _, own = gather(running_N, torch.zeros_like(running_N, dtype=torch.int64), process_group)
+    cu, total = cu_seqlens_from_lengths(lengths_A), len(everyone)
+    index_A = groups_A.unique(return_inverse=True)[1]
+    same_step = expand(index_A, cu, total) * (total + 1) + positions(cu, total)
+    return running_N - moments_within(everyone, same_step)[0][own]

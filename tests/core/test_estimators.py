@@ -121,6 +121,13 @@ def test_what_is_no_estimator(name, message, tiny_config):
         tiny_config(rl={"x": {"method": {"estimator": name}}})
 
 
+def test_a_file_that_python_cannot_read(tmp_path, monkeypatch):
+    (tmp_path / "half_written.py").write_text("class Half(:\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ValueError, match=r"'half_written:Half' cannot be imported: .*half_written.py, line 1"):
+        estimators.find("half_written:Half")
+
+
 # ---- a new estimator is one new file
 
 

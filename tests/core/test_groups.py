@@ -8,6 +8,7 @@ import torch
 import torch.multiprocessing as mp
 
 import ipvrm_core as ic
+from ipvrm_core import estimators
 from ipvrm_core.credit import Credit, assign_credit, batch_sigma
 from ipvrm_core.packing import cu_seqlens_from_lengths
 from ipvrm_core.sequences.groups import gather, group_index
@@ -16,7 +17,10 @@ LENGTHS = [3, 1, 4, 2, 5, 2]
 UIDS = ["x", ("y", 2), "x", ("y", 2), "x", 7]  # one prompt on both processes, one of a single answer
 REWARDS = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0, 1.0])
 SPLIT = 2  # answers of the first process
-METHODS = {**ic.METHODS, "prime": replace(ic.METHODS["paper"], estimator="prime", outcome="rloo")}
+METHODS = {
+    **ic.METHODS,
+    **{name: replace(ic.METHODS["paper"], estimator=name, outcome="rloo") for name in estimators.names()},
+}
 
 
 def test_uids_are_numbered_in_their_order():

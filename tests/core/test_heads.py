@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from ipvrm_core import linear_logprobs
-from ipvrm_core.heads import at_forward, attach, causal_lm, head_of
+from ipvrm_core import PolicyLossConfig, linear_logprobs
+from ipvrm_core.heads import Head, at_forward, attach, causal_lm, head_of
 
 SIZES = {
     "vocab_size": 50,
@@ -109,6 +109,13 @@ def test_adapters_in_the_layers_are_active_and_on_the_head_refused():
     with_head = get_peft_model(make(), LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="output head has adapters"):
         head_of(with_head)
+
+
+def test_the_loss_has_the_scale_in_its_temperature():
+    """scale l / T = l / (T / scale); the other settings stay."""
+    settled = Head(torch.zeros(3, 2), scale=4.0).settle(PolicyLossConfig(alpha=0.3), temperature=0.5)
+    assert settled == PolicyLossConfig(alpha=0.3, temperature=0.125)
+    assert Head(torch.zeros(3, 2), softcap=5.0).settle(PolicyLossConfig()) == PolicyLossConfig(softcap=5.0)
 
 
 def test_a_scale_beside_a_soft_cap_is_refused():

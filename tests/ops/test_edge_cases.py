@@ -164,6 +164,24 @@ def test_an_exponential_that_would_overflow(extreme, dual_clip, backend):
         assert infinite == (["kl_old"] if p_V[0] == 0 else [])  # log pi_old - log pi is what it is
 
 
+@pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
+@pytest.mark.parametrize(("x", "u"), [(0.5, 1.0), (60.0, 1.0), (0.5, 60.0), (60.0, 60.0)])
+def test_a_factor_beyond_its_limit_is_a_constant_in_rho_k3(x, u, backend):
+    """x = log rho, u = log pi_ref - log pi: each of rho and k3 passes a gradient where its own exponent is below 40."""
+    logits = torch.zeros(1, 2, requires_grad=True)  # p = 1/2
+    old, ref = -math.log(2) - x, -math.log(2) + u
+    ids, one = torch.zeros(1, 1, dtype=torch.int64), torch.ones(1)
+    batch = ic.PolicyBatch(ids, torch.full((1, 1), old), torch.zeros(1, 1), one, one, torch.full((1,), ref))
+    config = ic.PolicyLossConfig(kl_coef=0.5, kl_ratio=True)
+    loss = ic.distrl_loss_from_logits(logits, batch, config, backend=backend).loss
+    (grad,) = torch.autograd.grad(loss, logits)
+    rho, bounded = math.exp(min(x, 40.0)), min(u, 40.0)
+    k3 = math.exp(bounded) - 1 - bounded
+    slope = 0.5 * rho * ((1 - math.exp(u) if u < 40 else 0.0) + (k3 if x < 40 else 0.0))
+    assert loss.item() == pytest.approx(0.5 * rho * k3, rel=1e-5)
+    assert grad[0].tolist() == pytest.approx([slope / 2, -slope / 2], rel=1e-5)
+
+
 def test_coefficients_of_equal_ids_add():
     """One row, the sampled token also twice among the candidates: dL/dz by hand."""
     logits = torch.tensor([[math.log(x) for x in (1.0, 2.0, 3.0, 4.0)]], dtype=torch.float64, requires_grad=True)

@@ -13,6 +13,7 @@ from ipvrm_core.trainer import checkpoint, files
 from ipvrm_core.trainer.config import Lora, Optim
 from ipvrm_core.trainer.data.tasks import ChainTask
 from ipvrm_core.trainer.models import add_lora, add_value_head, character_tokenizer, load_pretrained, save_model
+from ipvrm_core.trainer.models.adapters import merged_weights
 from ipvrm_core.trainer.optim import apply_step, learning_rate, make_optimizer
 
 TOKENIZER = character_tokenizer(ChainTask.alphabet)
@@ -302,6 +303,20 @@ def test_lora_is_saved_merged(tiny_model, tmp_path):
     assert not any("lora" in name for name, _ in saved.named_parameters())
     assert not list((tmp_path / "model").glob("adapter*"))
     assert "architectures" in json.loads((tmp_path / "model" / "config.json").read_text())
+
+
+def test_merged_weights_are_those_of_peft_biases_too():
+    """By the names of the model without adapters; the adapted layers have biases, as Qwen2's."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    wrapped = add_lora(LlamaForCausalLM(LlamaConfig(vocab_size=19, attention_bias=True, **sizes)), Lora(rank=2))
+    with torch.no_grad():
+        for parameter in wrapped.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(parameter.numel()))
+    expected = copy.deepcopy(wrapped).merge_and_unload().state_dict()
+    assert sum(name.endswith("_proj.bias") for name in expected) == 4
+    torch.testing.assert_close(merged_weights(wrapped), dict(expected))
 
 
 @pytest.mark.parametrize("value_head", [False, True])

@@ -1,6 +1,7 @@
 """Every setting, mode and property of a model arrives at the function that acts on it: the pieces of a step alone."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,10 +16,12 @@ from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.reward import backward_reward_loss
 from ipvrm_core.trainer.rl import credit as crediting
 from ipvrm_core.trainer.rl import policy_update, reward_update
+from ipvrm_core.trainer.rl import step as step_module
 from ipvrm_core.trainer.rl.credit import BatchCredit, assign
 from ipvrm_core.trainer.rl.old_policy import old_policy
 from ipvrm_core.trainer.rl.policy_update import make_policy_batch, update_policy
 from ipvrm_core.trainer.rl.reward_update import update_reward_model
+from ipvrm_core.trainer.rl.step import Learner, rl_step
 from tests.batches import CU, full_logits, two_prompts, two_short_answers
 
 PAPER = METHODS["paper"]
@@ -142,3 +145,26 @@ def test_the_reward_model_learns_in_training_mode_and_scores_in_evaluation_mode(
         update_reward_model(model, None, Ipvrm(), settings, PAPER, batch, old, old.logprobs_N, 1, 1)
         assign(PAPER, batch, old, model, Ipvrm())
     assert modes == [("learn", True, True), ("score", False, False)] * 2
+
+
+@pytest.mark.parametrize(
+    ("update", "order"),
+    [
+        ("none", ["collect", "old_policy", "assign", "update_policy", "sync"]),
+        ("before", ["collect", "old_policy", "update_reward_model", "assign", "update_policy", "sync"]),
+        ("after", ["collect", "old_policy", "assign", "update_policy", "sync", "update_reward_model"]),
+    ],
+)
+def test_the_order_of_a_step(tiny_config, monkeypatch, update, order):
+    """Whoever samples learns of every update, and the reward model learns when its schedule says so."""
+    done, batch = [], two_prompts()
+    results = {"collect": batch, "old_policy": SimpleNamespace(logprobs_N=None), "assign": batch}
+    for name in ("collect", "old_policy", "assign", "update_policy", "update_reward_model"):
+        result = results.get(name, {})
+        monkeypatch.setattr(step_module, name, lambda *_, name=name, result=result: done.append(name) or result)
+    rl = tiny_config(rl={"x": {}}).rl["x"].model_copy(update={"reward_model": RlRewardModel(name="r", update=update)})
+    policy = object()
+    sampler = SimpleNamespace(sync=lambda given: done.append("sync") if given is policy else None)
+    learner = Learner("x", rl, rl.resolved(), policy, sampler, {"policy": None, "reward_model": None}, object())
+    rl_step(SimpleNamespace(seed=lambda *_: None), learner, 1, 0, lambda *_, **__: None)
+    assert done == order

@@ -1,4 +1,4 @@
-"""What a sampler takes and gives. Another one is one more file, and a name in `make_sampler`."""
+"""What a sampler takes and gives. Another one is one more file, and a line in `Experiment.sampler`."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -34,6 +34,7 @@ class Sampler(Protocol):
         """`drawing.samples` answers to each prompt, in order [p0s0, p0s1, ..., p1s0, ...].
 
         Log-probs are those of the full distribution at the temperature (of the raw one when greedy or when top_p < 1).
+        No gradient, no dropout, and the policy's mode (train or eval) is afterwards what it was.
         """
         ...
 
