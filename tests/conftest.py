@@ -1,4 +1,4 @@
-"""Shared by the trainer's tests: an experiment of a size that a test can afford."""
+"""Names of cases; shared by the trainer's tests, an experiment of a size that a test can afford."""
 
 from pathlib import Path
 
@@ -8,6 +8,24 @@ import torch
 from ipvrm_core.trainer.config import Chats, ConfigError, check, load
 from ipvrm_core.trainer.data.tasks import ChainTask
 from tests.chats import write
+
+DTYPES = {torch.float64: "f64", torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+NUMBER = bool | int | float | None
+
+
+def pytest_make_parametrize_id(config, val, argname):
+    """Cases that say what they are: N37-D13-V101-K10-bf16, softcap=None; None leaves the rest to pytest."""
+    if isinstance(val, torch.dtype):
+        return DTYPES[val]
+    if argname == "shape":
+        return "-".join(f"{letter}{size}" for letter, size in zip("NDVK", val, strict=True))
+    if isinstance(val, NUMBER):
+        return f"{argname}={val}"
+    if isinstance(val, dict) and val and all(isinstance(value, NUMBER | str) for value in val.values()):
+        return ",".join(f"{key}={value}" for key, value in val.items())
+    if isinstance(val, list) and val and all(isinstance(word, str) for word in val):
+        return " ".join(val)
+    return None
 
 
 @pytest.fixture

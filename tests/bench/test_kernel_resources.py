@@ -56,7 +56,7 @@ def barriers_before_the_first_store(assembly: str) -> int:
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_no_warp_writes_over_logits_that_another_has_yet_to_gather(dtype, target):
     """Every warp gathers the logits at ids for itself, and `out` may be x; elsewhere nothing has to wait."""
     x_NV = torch.empty(2, 8192, dtype=dtype)  # in memory: on the device meta all tensors have one address

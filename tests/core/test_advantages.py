@@ -105,7 +105,7 @@ def test_gae_with_gamma_lambda_one_is_the_suffix_sum():
     close(gae(DELTA, CU), 6.0, 5.0, 3.0, 30.0, 20.0)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "function",
     [

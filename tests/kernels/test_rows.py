@@ -203,7 +203,7 @@ def test_in_place_is_the_same(device):
     assert torch.equal(x, apart)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_read_exactly(dtype, device):
     x, batch = make_logits("flat", 300, device).to(dtype), make_batch(300, device)
     assert torch.equal(run_policy(x, None, batch), run_policy(x.float(), None, batch))

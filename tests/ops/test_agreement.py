@@ -28,7 +28,7 @@ from tests.ops.problems import (
 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_loss_settings(name, dtype):
     config = CONFIGS[name]
@@ -36,7 +36,7 @@ def test_loss_settings(name, dtype):
     check_loss(problem, config, max_buffer_bytes=16 * 101 * 8)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("softcap", [None, 4.0])
 def test_a_temperature_for_every_row(softcap, dtype):
     problem = make_problem(*SHAPES[0], dtype=dtype, temperature="rows", softcap=softcap)
@@ -44,7 +44,7 @@ def test_a_temperature_for_every_row(softcap, dtype):
     check_logprobs(problem, problem.batch.temperatures_N, softcap=softcap, max_buffer_bytes=16 * 101 * 8)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_td_errors(dtype):
     """beta = 10 times a difference of log-probs, from the model's own products; 0 at padding, whatever stands there."""
     problem = make_problem(*SHAPES[0], dtype=dtype, bias=True)
@@ -62,7 +62,7 @@ def test_td_errors(dtype):
     assert_no_worse([ours], [naive], [truth], TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("name", ["paper", "softcap_entropy"])
 def test_in_place_gives_the_same_gradient_in_the_memory_of_the_logits(name, dtype):
     """The upstream factor -2 is exact, so the rescaling rounds nothing; 1 is the case that touches nothing."""
@@ -102,9 +102,9 @@ def test_in_place_without_a_gradient_leaves_the_logits_alone():
     assert torch.equal(logits.detach(), before)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
 def test_loss_shapes(shape, bias, dtype):
     config = replace(CONFIGS["everything"], temperature=1.0)
     check_loss(make_problem(*shape, dtype=dtype, bias=bias), config, max_buffer_bytes=3 * 16 * shape[2])
@@ -123,15 +123,15 @@ def test_large_and_all_negative_logits(function, scale, shift):
         check_logprobs(problem, 1.0, tolerance=1e-4, max_buffer_bytes=1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("use", ["logprobs", "lse", "entropy", "all"])
 def test_logprobs(use, shape, dtype):
     problem = make_problem(*shape, dtype=dtype, bias=use != "all")
     check_logprobs(problem, 0.7, use, max_buffer_bytes=3 * 16 * shape[2])
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_from_logits_equals_the_reference_on_the_same_logits(dtype):
     """Same logits, so only the order of a few operations differs; the gradient comes in the dtype of the logits."""
     problem = make_problem(17, 5, 103, 6)

@@ -195,7 +195,7 @@ def test_coefficients_of_equal_ids_add():
     torch.testing.assert_close(logits.grad, expected.double(), rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_temperatures_of_any_dtype(dtype):
     """0.5, 0.75 and so on are exact in all of them, so the results are the same to the bit."""
     problem = make_problem(9, 6, 65, 4)

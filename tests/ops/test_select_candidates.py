@@ -35,8 +35,8 @@ RULES = [
 ]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("p_min", [0.02, 0.1, 0.5])
 def test_rules(p_min, rule, dtype):
     hidden, weight, bias, sampled = head(dtype=dtype)
@@ -107,7 +107,7 @@ def test_equal_probabilities_at_scale():
 
 
 @pytest.mark.parametrize("backend", ["auto", "chunked", "reference"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_threshold_met_exactly(dtype, backend):
     """n equal tokens and P_min = 1/n, where rounding would decide: all of them are members, and with strict none."""
     for n in (1, 3, 6, 7, 10, 13, 127):

@@ -94,7 +94,7 @@ def updated(tiny_config, tiny_model, policy, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("settings", [{}, {"kl_coef": 0.5}, {"entropy_coef": 0.5}, {"temperature": 0.5}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"kl_coef": 0.5}, {"entropy_coef": 0.5}, {"temperature": 0.5}])
 def test_what_the_policy_loss_is_told(updated, settings):
     """Bias, soft cap and scale of the head, the temperature, and the coefficients of the run."""
     numbers, expected = updated(**settings)
