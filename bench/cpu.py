@@ -24,12 +24,13 @@ from ipvrm_core.bench.problems import Problem, make_problem
 from ipvrm_core.fused.head import default_buffer_bytes
 
 SWEEP_MIB = (16, 32, 64, 128, 256, 512)
+FUNCTIONS = ("distrl_loss", "linear_logprobs", "row_loss")  # the last two make the same loss
 IMPLEMENTATIONS = ("naive", "chunked")
 
 
 @dataclass(frozen=True)
 class Case:
-    """`function` is distrl_loss or linear_logprobs; a frozen head needs no gradient of the weight."""
+    """`function` is one of FUNCTIONS; a frozen head needs no gradient of the weight."""
 
     function: str
     frozen: bool
@@ -45,8 +46,7 @@ class Case:
 
 
 def cases(shape: Shape) -> list[Case]:
-    functions = ("distrl_loss", "linear_logprobs")
-    return [Case(function, frozen, shape) for function in functions for frozen in (True, False)]
+    return [Case(function, frozen, shape) for function in FUNCTIONS for frozen in (True, False)]
 
 
 def step(case: Case, problem: Problem, implementation: str, **options) -> Callable[[], list[Tensor]]:
@@ -60,6 +60,9 @@ def step(case: Case, problem: Problem, implementation: str, **options) -> Callab
     def run() -> list[Tensor]:
         if case.function == "distrl_loss":
             loss = module.distrl_loss(*head, batch, **options)[0]
+        elif case.function == "row_loss" and module is ipvrm_core:
+            count = batch.ids_NS.numel()
+            loss = module.row_loss(*head, batch.ids_NS, lambda x, rows: x.logprobs_NK.sum() / count, **options)
         else:
             loss = module.linear_logprobs(*head, batch.ids_NS, **options)[0].mean()
         return list(torch.autograd.grad(loss, problem.wanted))

@@ -5,6 +5,7 @@ Shape letters: N rows or packed tokens, D hidden size, V vocabulary, K candidate
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,12 +15,13 @@ import ipvrm_core as ic
 from ipvrm_core import PolicyLossConfig
 from ipvrm_core.bench.inputs import Inputs
 
-LINEAR = ("distrl_loss", "linear_logprobs", "select_candidates", "linear_td_errors")
+LINEAR = ("distrl_loss", "linear_logprobs", "select_candidates", "linear_td_errors", "row_loss")
 FROM_LOGITS = (
     "distrl_loss_from_logits",
     "logprobs_from_logits",
     "select_candidates_from_logits",
     "td_errors_from_logits",
+    "row_loss_from_logits",
 )
 WITHOUT_HEAD = dict(zip(LINEAR, FROM_LOGITS, strict=True))
 ALL = LINEAR + FROM_LOGITS
@@ -45,12 +47,23 @@ def call(name: str, x: Inputs, backend: str) -> tuple[list[Tensor], Tensor | Non
         loss, metrics = function(*first, x.batch, x.config, **options)
         return [loss.detach(), *metrics.values()], 3.0 * loss
     options |= x.transform
+    if "row_loss" in name:
+        loss = function(*first, ids, partial(own_loss, x), **options)
+        return [loss.detach()], 3.0 * loss
     if "td_errors" in name:
         return [function(*first, ids, x.batch.old_logprobs_NS, BETA, **options)], None
     if "logprobs" in name:
         outputs = list(function(*first, ids, **options))
         return [value.detach() for value in outputs], sum(_weighted(value) for value in outputs)
     return list(function(*first, ids[:, 0], **options)), None
+
+
+def own_loss(x: Inputs, logprobs: ic.LogProbs, rows: slice) -> Tensor:
+    """For `row_loss`: ratios times advantages, with LSE and entropy."""
+    batch = x.batch.rows(rows)
+    ratios_NS = (logprobs.logprobs_NK - batch.old_logprobs_NS).clamp(max=1.0).exp()
+    terms_N = (ratios_NS * batch.advantages_NS).sum(1) + 0.1 * logprobs.lse_N + logprobs.entropy_N
+    return (batch.token_weights_N * terms_N).sum()
 
 
 def outputs_and_gradients(name: str, x: Inputs, backend: str) -> list[Tensor]:

@@ -27,7 +27,7 @@ def bit_checks(run) -> Iterator[tuple[str, str, Check]]:
     # The torch rows leave the last product of a head shorter, and BLAS may choose other code for it.
     for function in ALL if run.backend == "triton" else FROM_LOGITS:
         yield "same bits in a smaller batch", function, partial(smaller_batch, run, function, shape, dtype)
-    for function in ("distrl_loss", "linear_logprobs"):
+    for function in ("distrl_loss", "linear_logprobs", "row_loss"):
         yield "gradients alone and together", function, partial(partial_gradients, run, function, dtype)
 
 
@@ -62,7 +62,7 @@ def smaller_batch(run, function: str, shape: tuple, dtype: torch.dtype) -> str |
     leaf = "hidden" if x.logits is None else "logits"
 
     def per_row(y: Inputs) -> list[torch.Tensor]:
-        if "distrl" in function:
+        if "loss" in function:
             return outputs_and_gradients(function, y, run.backend)[-len(y.wanted) :][:1]
         return functions.call(function, y, run.backend)[0]
 
@@ -91,7 +91,8 @@ def partial_gradients(run, function: str, dtype: torch.dtype) -> None:
 
 def torch_checks(run) -> Iterator[tuple[str, str, Check]]:
     for function in LINEAR if run.toy else ALL:  # compiling takes a third of a toy run
-        yield COMPILED, function, partial(compiles, run, function)
+        if "row_loss" not in function:  # a Python function is not part of a graph
+            yield COMPILED, function, partial(compiles, run, function)
         if run.device.type == "cuda":
             yield CAPTURED, function, partial(captures, run, function)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import ipvrm_core as ic
-from examples import logits, own_loop
+from examples import logits, own_loop, own_loss
 from examples.own_objective import Brier
 from examples.own_reward import last_number
 from ipvrm_core import estimators, objectives
@@ -52,6 +52,23 @@ def test_the_loss_of_given_logits():
     assert loss == pytest.approx(metrics["loss_sampled"] + 0.1 * metrics["loss_candidates"], rel=1e-5)
     assert gradient_NV.sum(1).abs().max() < 1e-5  # a constant added to a row's logits changes nothing
     assert gradient_NV.abs().max() > 1e-3
+
+
+def test_losses_of_other_papers():
+    """At the old policy both are the plain policy gradient, over tokens and over answers; main has one a little off."""
+    assert [gradient.abs().amax(1).gt(0).sum() >= 10 for _, gradient in own_loss.main().values()] == [True, True]
+    lengths_B, advantages_B = torch.tensor([3, 5, 4, 6]), torch.tensor([1.0, -1.0, 0.5, -0.5])
+    hidden, weight = torch.randn(18, 32, requires_grad=True), torch.randn(1000, 32)
+    tokens_N = torch.randint(1000, (18,))
+    new_N = (hidden @ weight.T).log_softmax(-1).gather(1, tokens_N[:, None])[:, 0]
+    given, weights_N = (hidden, weight, tokens_N, new_N.detach()), advantages_B.repeat_interleave(lengths_B)
+    by_answer_N = weights_N / (4 * lengths_B.repeat_interleave(lengths_B))
+    for loss, plain in (
+        (own_loss.cispo(*given, weights_N), -(weights_N * new_N).mean()),
+        (own_loss.gspo(*given, advantages_B, lengths_B), -(by_answer_N * new_N).sum()),
+    ):
+        expected = torch.autograd.grad(plain, hidden, retain_graph=True)
+        torch.testing.assert_close(torch.autograd.grad(loss, hidden), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_objective_of_ones_own():

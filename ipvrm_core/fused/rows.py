@@ -3,7 +3,8 @@
 Shape letters: n rows of a chunk, V vocabulary, K ids a row, k candidate slots of the search.
 """
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -12,10 +13,13 @@ from ipvrm_core.fused.head import _SCRATCH_BYTES, Head, rows_per_chunk
 from ipvrm_core.fused.policy_terms import policy_terms
 from ipvrm_core.fused.softmax import RowSoftmax, logit_gradient_, row_softmax_
 from ipvrm_core.fused.transform import LogitTransform
-from ipvrm_core.types import PolicyBatch, PolicyLossConfig
+from ipvrm_core.types import LogProbs, PolicyBatch, PolicyLossConfig
 
 if TYPE_CHECKING:
     from ipvrm_core.fused.triton_rows import TritonRows
+
+# A function of log-probs -> its value and its derivatives by log-probs, LSE and entropy, None where there is none.
+ValueAndGradient: TypeAlias = Callable[[LogProbs], tuple[Tensor, list]]
 
 
 def row_work(triton: bool, *arguments) -> "TorchRows | TritonRows":
@@ -75,6 +79,18 @@ class TorchRows:
         slope_nV = self.transform.rows(rows).apply_(x_nV)
         softmax = row_softmax_(x_nV, self.scratch, ids_nK)
         return self._gradient(rows, softmax, ids_nK, c_nK, slope_nV, grad_lse_n, grad_entropy_n)
+
+    def loss(
+        self, rows: slice, x_nV: Tensor, target_nV: Tensor | None, ids_nK: Tensor, fn: ValueAndGradient
+    ) -> tuple[Tensor, Tensor | None]:
+        """(fn's value, dLoss/dx [n, V] or None if no target is given)."""
+        slope_nV = self.transform.rows(rows).apply_(x_nV)
+        softmax = row_softmax_(x_nV, self.scratch, ids_nK)
+        value, (c_nK, *others) = fn(LogProbs(softmax.logprobs_NK, softmax.lse_N, softmax.entropy_N))
+        if target_nV is None:
+            return value, None
+        c_nK = torch.zeros_like(softmax.logprobs_NK) if c_nK is None else c_nK
+        return value, self._gradient(rows, softmax, ids_nK, c_nK, slope_nV, *others)
 
     def policy(
         self, rows: slice, x_nV: Tensor, target_nV: Tensor | None, batch: PolicyBatch, settings: PolicyLossConfig

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from ipvrm_core.fused.head import Head
+from ipvrm_core.fused.rows import ValueAndGradient
 from ipvrm_core.fused.transform import LogitTransform
 from ipvrm_core.kernels.candidates import candidate_rows
 from ipvrm_core.kernels.logit_gradient import logit_gradient
 from ipvrm_core.kernels.logprobs import row_logprobs
 from ipvrm_core.kernels.policy_rows import Clip, policy_rows
-from ipvrm_core.types import PolicyBatch, PolicyLossConfig
+from ipvrm_core.types import LogProbs, PolicyBatch, PolicyLossConfig
 
 
 class GivenLogits(Head):
@@ -67,6 +68,17 @@ class TritonRows:
         grads = {"grad_lse_N": grad_lse_n, "grad_entropy_N": grad_entropy_n}
         logit_gradient(x_nV, target_nV, ids_nK, c_nK, normalizer_n2, entropy_n, **grads, **self._options(rows))
         return target_nV
+
+    def loss(
+        self, rows: slice, x_nV: Tensor, target_nV: Tensor | None, ids_nK: Tensor, fn: ValueAndGradient
+    ) -> tuple[Tensor, Tensor | None]:
+        *outputs, normalizer_n2 = self.logprobs(rows, x_nV, ids_nK)
+        value, (c_nK, lse_n, entropy_n) = fn(LogProbs(*outputs))
+        if target_nV is None:
+            return value, None
+        c_nK = torch.zeros_like(outputs[0]) if c_nK is None else c_nK
+        grads = c_nK, lse_n, entropy_n, normalizer_n2, outputs[2]
+        return value, self.logprobs_gradient(rows, x_nV, target_nV, ids_nK, *grads)
 
     def policy(
         self, rows: slice, x_nV: Tensor, target_nV: Tensor | None, batch: PolicyBatch, settings: PolicyLossConfig
