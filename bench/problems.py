@@ -172,9 +172,13 @@ def calibrate(weight_VD: Tensor, rng: torch.Generator) -> tuple[float, float]:
     ends = (lifted(base_ND, weight_VD, ids_N4, base_ND.new_full(ids_N4.shape, lift)) for lift in (low, high))
     z_NV, highest_NV = (torch.mm(h_ND.to(weight_VD.dtype), weight_VD.t()).float() for h_ND in ends)
     step_NV = (highest_NV - z_NV) / high  # logits are linear in the lift
+    p_NV = torch.empty_like(z_NV)  # in place: on a CPU fresh pages would cost more than the arithmetic
     for _ in range(16):
         lift = (low + high) / 2
-        p_NV = torch.add(z_NV, step_NV, alpha=lift).softmax(-1)
-        mean, mass = (p_NV >= P_MIN).sum(-1).float().mean().item(), (p_NV * (p_NV >= P_MIN)).sum(-1).mean().item()
+        torch.add(z_NV, step_NV, alpha=lift, out=p_NV)
+        p_NV.sub_(p_NV.amax(-1, keepdim=True)).exp_()
+        p_NV.div_(p_NV.sum(-1, keepdim=True))
+        likely = p_NV[p_NV >= P_MIN]
+        mean, mass = len(likely) / SAMPLE, likely.sum().item() / SAMPLE
         low, high = (lift, high) if (mean - 1) / (1 - mass) < wanted else (low, lift)
     return lift, min(max(1 - (1 - MEAN_MASS) / (1 - mass), 0.0), 1.0)

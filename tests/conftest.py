@@ -16,7 +16,7 @@ NUMBER = bool | int | float | None
 def pytest_make_parametrize_id(config, val, argname):
     """Cases that say what they are: N37-D13-V101-K10-bf16, softcap=None; None leaves the rest to pytest."""
     if isinstance(val, torch.dtype):
-        return DTYPES[val]
+        return DTYPES.get(val, str(val))
     if argname == "shape":
         return "-".join(f"{letter}{size}" for letter, size in zip("NDVK", val, strict=True))
     if isinstance(val, NUMBER):
