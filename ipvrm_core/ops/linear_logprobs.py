@@ -30,7 +30,7 @@ def linear_logprobs(
     softcap c: the logits are first c tanh(x / c).
 
     max_buffer_bytes bounds the private [rows, V] buffers, one row at least; None is the device's default. Extra memory
-    is that, the gradients (float32 for weight), and a float32 weight where halves are upcast (see chunked/README.md).
+    is that, the gradients (float32 for weight), and a float32 weight where halves are upcast (see fused/README.md).
     Raises ValueError for wrong shapes, dtypes or devices, for temperature <= 0 and, on CPU, for ids >= V.
     """
     return _run(hidden, weight, bias, ids, temperature, softcap, backend, max_buffer_bytes)

@@ -9,19 +9,8 @@ import torch.multiprocessing as mp
 
 from ipvrm_core import PolicyLossConfig, linear_logprobs
 from ipvrm_core.heads import Head, at_forward, attach, causal_lm, head_of
+from tests.sizes import SIZES
 
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 IDS = torch.arange(3, 13).view(2, 5)
 
 

@@ -7,19 +7,7 @@ from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.models import check_head
 from tests.batches import full_logits
-
-SIZES = {
-    "vocab_size": 50,
-    "hidden_size": 16,
-    "intermediate_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+from tests.sizes import SIZES
 
 
 def make(name: str, **more):
