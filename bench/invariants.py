@@ -24,8 +24,8 @@ def bit_checks(run) -> Iterator[tuple[str, str, Check]]:
     for function in ALL:
         yield "same bits twice", function, partial(same_bits, run, function, shape, dtype)
         yield "same bits beside other rows", function, partial(same_row, run, function, shape, dtype)
-    # The torch rows leave the last product of a head shorter, and BLAS may choose other code for it.
-    for function in ALL if run.backend == "triton" else FROM_LOGITS:
+    # The last product of a head is shorter, and BLAS may choose other code for it.
+    for function in FROM_LOGITS:
         yield "same bits in a smaller batch", function, partial(smaller_batch, run, function, shape, dtype)
     for function in ("distrl_loss", "linear_logprobs", "row_loss"):
         yield "gradients alone and together", function, partial(partial_gradients, run, function, dtype)
@@ -52,28 +52,18 @@ def same_row(run, function: str, shape: tuple, dtype: torch.dtype) -> None:
     assert all(map(torch.equal, *results)), "row 0 changed with the other rows' values"
 
 
-def smaller_batch(run, function: str, shape: tuple, dtype: torch.dtype) -> str | None:
-    """The last rows of given logits among all rows, and alone; of a head the first rows, and the last ones recorded.
-
-    The library promises that what follows a row does not matter. That its place in a product does not matter either
-    is a property of cuBLAS.
-    """
-    x, half = _inputs(function, shape, run.device, dtype), shape[0] // 2
-    leaf = "hidden" if x.logits is None else "logits"
+def smaller_batch(run, function: str, shape: tuple, dtype: torch.dtype) -> None:
+    """The last rows of given logits among all rows, and alone."""
+    x, rows = _inputs(function, shape, run.device, dtype), slice(shape[0] // 2, None)
 
     def per_row(y: Inputs) -> list[torch.Tensor]:
         if "loss" in function:
             return outputs_and_gradients(function, y, run.backend)[-len(y.wanted) :][:1]
         return functions.call(function, y, run.backend)[0]
 
-    def same(rows: slice) -> bool:
-        piece = getattr(x, leaf).detach()[rows].clone().requires_grad_()
-        alone = per_row(replace(x, **{leaf: piece}, batch=x.batch.rows(rows)))
-        return all(torch.equal(a[rows], b) for a, b in zip(per_row(x), alone, strict=True))
-
-    last = same(slice(half, None))
-    assert last if leaf == "logits" else same(slice(0, half)), "rows differ in a smaller batch"
-    return None if last else "a row's place in the product changes its bits"
+    piece = x.logits.detach()[rows].clone().requires_grad_()
+    alone = per_row(replace(x, logits=piece, batch=x.batch.rows(rows)))
+    assert all(torch.equal(a[rows], b) for a, b in zip(per_row(x), alone, strict=True)), "rows differ when alone"
 
 
 def partial_gradients(run, function: str, dtype: torch.dtype) -> None:

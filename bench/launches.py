@@ -53,27 +53,30 @@ def logprobs(target: str, x_NV: Tensor, **options) -> None:
     row_logprobs(x_NV, ids(N, K), launch=_launch(target, x_NV), **options)
 
 
-def gradient(target: str, x_NV: Tensor, narrowing: bool = False, **options) -> None:
+def gradient(target: str, x_NV: Tensor, out: torch.dtype | None = None, **options) -> None:
     statistics = (empty(N, 2), empty(N))
-    out_NV = _out(x_NV, narrowing)
+    out_NV = empty(*x_NV.shape, dtype=out or x_NV.dtype)
     logit_gradient(x_NV, out_NV, ids(N, K), empty(N, K), *statistics, launch=_launch(target, x_NV), **options)
 
 
 def policy(
     target: str,
     x_NV: Tensor,
-    narrowing: bool = False,
+    out: torch.dtype | None = None,
     metrics_only: bool = False,
     on_policy: bool = False,
+    slots: int = K,
     ref=None,
-    out_NV=None,
     **options,
 ) -> None:
-    slots, weights = (ids(N, K), None if on_policy else empty(N, K), empty(N, K)), (empty(N), empty(N))
+    """`out`: one visit, the exponentials in that type; otherwise the gradient takes the place of the logits."""
+    given = (ids(N, slots), None if on_policy else empty(N, slots), empty(N, slots)), (empty(N), empty(N))
     clips = {"clip": Clip(0.2, 0.28, 3.0), "candidate_clip": Clip(0.2, 0.28, 3.0)}
-    if out_NV is None and not metrics_only:
-        out_NV = _out(x_NV, narrowing)
-    policy_rows(x_NV, out_NV, *slots, *weights, ref, alpha=1.0, **clips, launch=_launch(target, x_NV), **options)
+    out_NV = None if metrics_only else x_NV
+    if out is not None:
+        out_NV, options["scale_N"] = empty(N, x_NV.stride(0), dtype=out)[:, : x_NV.shape[1]], empty(N)
+    launch = _launch(target, x_NV)
+    policy_rows(x_NV, out_NV, *given[0], *given[1], ref, alpha=1.0, **clips, launch=launch, **options)
 
 
 def candidates(target: str, x_NV: Tensor, **options) -> None:
@@ -82,11 +85,6 @@ def candidates(target: str, x_NV: Tensor, **options) -> None:
 
 def _launch(target: str, x_NV: Tensor) -> Launch:
     return row_launch(target, x_NV.element_size(), x_NV.shape[1])
-
-
-def _out(x_NV: Tensor, narrowing: bool) -> Tensor:
-    """The gradient takes the place of the logits; narrowing: in bfloat16, the first half of each float32 row."""
-    return x_NV.view(torch.bfloat16)[:, : x_NV.shape[1]] if narrowing else x_NV
 
 
 def rows(name: str, function: Callable, every_option: dict) -> list[Shipped]:
@@ -118,13 +116,38 @@ CU_SEQLENS = empty(B + 1, dtype=torch.int32)
 LAUNCHES = [
     *rows("log-probs", logprobs, {**HEAD, "old_logprobs_NK": empty(N, K)}),
     *rows("gradient", gradient, {**HEAD, **GRADS}),
-    Shipped("gradient, float32 to bfloat16", partial(gradient, x_NV=logits("float32"), narrowing=True)),
+    *(
+        Shipped(f"log-probs, near known, {dtype}", partial(logprobs, x_NV=logits(dtype), near_N=empty(N)))
+        for dtype in DTYPES
+    ),
+    Shipped(
+        "log-probs, one visit, float32 to bfloat16",
+        partial(logprobs, x_NV=logits("float32"), near_N=empty(N), out_NV=logits("bfloat16")),
+    ),
+    Shipped("gradient, float32 to bfloat16", partial(gradient, x_NV=logits("float32"), out=torch.bfloat16)),
+    Shipped(
+        "gradient after one visit",
+        partial(gradient, x_NV=logits("float32"), out=torch.bfloat16, total_N=empty(N), grad_lse_N=empty(N)),
+    ),
     *rows("policy loss", policy, {**HEAD, **POLICY}),
     *(
         Shipped(f"policy loss, on-policy, {dtype}", partial(policy, x_NV=logits(dtype), on_policy=True))
         for dtype in DTYPES
     ),
-    Shipped("policy loss, float32 to bfloat16", partial(policy, x_NV=logits("float32"), narrowing=True)),
+    *(
+        Shipped(f"policy loss, one visit, {dtype} to bfloat16", partial(policy, x_NV=logits(dtype), out=torch.bfloat16))
+        for dtype in DTYPES
+    ),
+    Shipped(
+        "policy loss, one visit, 101 slots", partial(policy, x_NV=logits("float32"), out=torch.bfloat16, slots=101)
+    ),
+    *(
+        Shipped(
+            f"policy loss, one visit{' + options' if options else ''}, V 50257 in rows of 50304",
+            partial(policy, x_NV=empty(N, 50304)[:, :GPT2], out=torch.bfloat16, **options),
+        )
+        for options in ({}, HEAD)
+    ),
     Shipped("policy loss, metrics only, bfloat16", partial(policy, x_NV=logits("bfloat16"), metrics_only=True)),
     *rows("candidates", candidates, HEAD),
     *(packed(f"rescale, {dtype}", rescale, logits(dtype), empty()) for dtype in DTYPES),

@@ -21,6 +21,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from ipvrm_core.bench.machine_code import Loop, disassembled, loops
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -41,6 +43,7 @@ class Compiled(NamedTuple):
     spilled: int  # local memory (AMD: scratch) of the binary; our kernels have no other use of it
     shared: int
     assembly: str  # PTX, or of AMD the machine's
+    loops: list[Loop]  # over blocks of a row, of NVIDIA's machine code; empty for kernels without BLOCK
 
 
 class _Driver(NamedTuple):
@@ -82,8 +85,13 @@ def compiling_for(target: str) -> Iterator[list[Compiled]]:
 
 def _describe(function: JITFunction, kernel, target: str) -> Compiled:
     constants = {function.arg_names[path[0]]: value for path, value in kernel.src.constants.items()}
-    registers, spilled = (_amd_usage if "amdgcn" in kernel.asm else _cubin_usage)(kernel.asm)
     metadata = kernel.metadata
+    if "amdgcn" in kernel.asm:
+        registers, spilled, found = *_amd_usage(kernel.asm), []
+    else:
+        logits_of_a_thread = constants.get("BLOCK", 0) // (32 * metadata.num_warps)
+        first = next(iter(kernel.src.signature.values()))  # of a row kernel the logits
+        registers, spilled, found = _cubin_usage(kernel.asm, logits_of_a_thread, 4 if first == "*fp32" else 2)
     return Compiled(
         function.__name__,
         target,
@@ -94,18 +102,20 @@ def _describe(function: JITFunction, kernel, target: str) -> Compiled:
         spilled,
         metadata.shared,
         kernel.asm["amdgcn" if "amdgcn" in kernel.asm else "ptx"],
+        found,
     )
 
 
-def _cubin_usage(asm: dict) -> tuple[int, int]:
-    """Registers, and bytes of local memory (stack frame and LOCAL), by the cuobjdump that Triton ships."""
+def _cubin_usage(asm: dict, logits_of_a_thread: int, bytes_of_a_logit: int) -> tuple[int, int, list[Loop]]:
+    """Registers, bytes of local memory (stack frame and LOCAL), and loops, by the cuobjdump that Triton ships."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])
         file.flush()
         command = [triton.knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name]
         text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found = loops(disassembled(file.name), logits_of_a_thread, bytes_of_a_logit) if logits_of_a_thread else []
     registers, stack, local = (int(re.search(rf"{word}:(\d+)", text)[1]) for word in ("REG", "STACK", "LOCAL"))
-    return registers, stack + local
+    return registers, stack + local, found
 
 
 def _amd_usage(asm: dict) -> tuple[int, int]:

@@ -68,13 +68,14 @@ def markdown(rows: list[Row], budgets: dict[str, Budget]) -> str:
     """A line for every row, a column for every target."""
     targets = list(rows[0].on)
     lines = [
-        f"| kernel | launch | {' | '.join(targets)} | programs | budget, sm_90 |",
-        f"| --- | --- | {'--- | ' * len(targets)}---: | --- |",
+        f"| kernel | launch | {' | '.join(targets)} | programs | loops, sm_90 | budget, sm_90 |",
+        f"| --- | --- | {'--- | ' * len(targets)}---: | --- | --- |",
     ]
     for row in rows:
         cells = [f"`{row.name}`", row.case, *(_cell(row.on[target]) for target in targets)]
         hopper = row.on.get("sm_90")
         cells.append(str(programs_per_sm(hopper.registers, hopper.num_warps, hopper.shared)) if hopper else "")
+        cells.append("; ".join(map(str, hopper.loops)) if hopper else "")
         cells.append("{}, {} B".format(*budgets[row.name]))
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -86,12 +87,15 @@ def _cell(kernel: Compiled) -> str:
 
 
 def _numbers(kernel: Compiled) -> dict[str, object]:
-    return {name: value for name, value in kernel._asdict().items() if name != "assembly"}
+    plain = {name: value for name, value in kernel._asdict().items() if name != "assembly"}
+    return plain | {"loops": [loop._asdict() for loop in kernel.loops]}
 
 
 LEGEND = """Cells: elements of a block / warps of a program: registers of a thread (AMD: vector ones), shared bytes
 of a program, and what a thread spills, if it does. `+ options`: soft cap, a temperature for each row, and whatever else
-the kernel can do. V 50257 is odd, so its rows are not aligned. Programs: resident on one SM of sm_90."""
+the kernel can do. V 50257 is odd, so its rows are not aligned. Programs: resident on one SM of sm_90. Loops: those of
+the machine code that move blocks of a row, in its order: instructions a logit, bytes loaded + stored a logit, barriers
+an iteration; a row runs through one or two of them."""
 
 
 def heading() -> str:

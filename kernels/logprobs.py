@@ -2,6 +2,8 @@
 
     log p_k = (y_{id_k} - shift) / T - log s        delta_k = beta (log p_k - log p_old_k)
 
+Where about log p of the first id is known beforehand (kernels/softmax.py), the visit can leave the row's exponentials
+behind, from which `logit_gradient` makes the gradient without reading the logits again.
 Shape letters: N rows, V vocabulary, K ids a row.
 """
 
@@ -11,22 +13,26 @@ import triton.language as tl
 from torch import Tensor
 
 from ipvrm_core.kernels.launch import Launch, architecture_of, contiguous, row_launch
-from ipvrm_core.kernels.softmax import load_logits, row_softmax
+from ipvrm_core.kernels.softmax import load_logits, row_statistics
 
 
 @triton.jit
 def row_logprobs_kernel(
     p_x,
     stride_x,
+    p_out,
+    stride_out,
     V,
     K,
     p_ids,
+    p_near,
     p_old,
     p_temperature,
     p_logprobs,
     p_lse,
     p_normalizer,
     p_entropy,
+    p_total,
     inv_temperature,
     cap,
     beta,
@@ -34,17 +40,27 @@ def row_logprobs_kernel(
     BLOCK_K: tl.constexpr,
     CAPPED: tl.constexpr,
     ROW_TEMPERATURE: tl.constexpr,
+    KNOWN: tl.constexpr,
+    STORE: tl.constexpr,
     TD: tl.constexpr,
 ):
     i_n = tl.program_id(0).to(tl.int64)
     p_row = p_x + i_n * stride_x
+    p_out_row = p_out + i_n * stride_out
     if ROW_TEMPERATURE:
         inv_temperature = 1 / tl.load(p_temperature + i_n)
-    shift, log_sum, entropy, _ = row_softmax(p_row, V, inv_temperature, cap, BLOCK, 1, CAPPED)
+    token, near = tl.full([], -1, tl.int64), tl.zeros([], tl.float32)
+    if KNOWN:
+        token, near = tl.load(p_ids + i_n * K), tl.load(p_near + i_n).to(tl.float32)
+    shift, log_sum, entropy, total = row_statistics(
+        p_row, p_out_row, V, token, near, inv_temperature, cap, BLOCK, CAPPED, KNOWN, STORE
+    )
     tl.store(p_lse + i_n, shift * inv_temperature + log_sum)
     tl.store(p_normalizer + 2 * i_n, shift)
     tl.store(p_normalizer + 2 * i_n + 1, log_sum)
     tl.store(p_entropy + i_n, entropy)
+    if STORE:
+        tl.store(p_total + i_n, total)
     for start in range(0, K, BLOCK_K):
         o_k = start + tl.arange(0, BLOCK_K)
         ids = tl.load(p_ids + i_n * K + o_k, mask=o_k < K, other=-1)
@@ -62,36 +78,44 @@ def row_logprobs(
     x_NV: Tensor,
     ids_NK: Tensor,
     *,
+    near_N: Tensor | None = None,
+    out_NV: Tensor | None = None,
     temperature: float = 1.0,
     temperatures_N: Tensor | None = None,
     softcap: float | None = None,
     old_logprobs_NK: Tensor | None = None,
     beta: float = 1.0,
     launch: Launch | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(log p at ids [N, K], or delta if the old ones are given; LSE [N]; entropy [N]; (shift, log s) [N, 2]), float32.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """(log p at ids [N, K], or delta if the old ones are given; LSE; entropy; (shift, log s) [N, 2]; total), float32.
 
-    x [N, V] of stride 1 within a row; ids [N, K] int64, < 0 is padding (0 comes out), >= V gives NaN.
+    x [N, V] of stride 1 within a row; ids [N, K] int64, < 0 is padding (0 comes out), >= V gives NaN. near [N]: about
+    log p of ids[:, 0], NaN where nobody knows; results do not depend on it beyond their rounding. out [N, V], apart
+    from x, receives the exponentials for `logit_gradient`, and total their sum, 0 in rows where it has none; without
+    `near` and `out` there is no total.
     """
     N, V, K = *x_NV.shape, ids_NK.shape[1]
     launch = launch or row_launch(architecture_of(x_NV.device), x_NV.element_size(), V)
-    logprobs_NK, lse_N, entropy_N, normalizer_N2 = (
-        torch.empty(shape, dtype=torch.float32, device=x_NV.device) for shape in ((N, K), (N,), (N,), (N, 2))
+    known = near_N is not None and K > 0
+    store = known and out_NV is not None
+    logprobs_NK, lse_N, entropy_N, normalizer_N2, total_N = (
+        torch.empty(shape, dtype=torch.float32, device=x_NV.device) for shape in ((N, K), (N,), (N,), (N, 2), (N,))
     )
-    ids_NK, old_logprobs_NK, temperatures_N = contiguous(ids_NK, old_logprobs_NK, temperatures_N)
+    target_NV = out_NV if store else x_NV
     with torch.cuda.device_of(x_NV):
         row_logprobs_kernel[(N,)](
             x_NV,
             x_NV.stride(0),
+            target_NV,
+            target_NV.stride(0),
             V,
             K,
-            ids_NK,
-            old_logprobs_NK,
-            temperatures_N,
+            *contiguous(ids_NK, near_N, old_logprobs_NK, temperatures_N),
             logprobs_NK,
             lse_N,
             normalizer_N2,
             entropy_N,
+            total_N,
             1 / temperature,
             softcap or 1.0,
             beta,
@@ -99,7 +123,9 @@ def row_logprobs(
             BLOCK_K=min(64, triton.next_power_of_2(max(K, 1))),
             CAPPED=softcap is not None,
             ROW_TEMPERATURE=temperatures_N is not None,
+            KNOWN=known,
+            STORE=store,
             TD=old_logprobs_NK is not None,
             num_warps=launch.num_warps,
         )
-    return logprobs_NK, lse_N, entropy_N, normalizer_N2
+    return logprobs_NK, lse_N, entropy_N, normalizer_N2, total_N if store else None

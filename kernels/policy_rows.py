@@ -1,10 +1,12 @@
-"""The clipped policy loss of a row and its gradient, in one visit of the row's logits.
+"""The clipped policy loss of a row and its gradient.
 
     rho_k = exp(log p_k - log p_old_k)    l_k = -min(rho_k A_k, clip(rho_k) A_k)    c_k = dL/dlog p_k
     dL/dl_v = sum_k c_k [v = id_k] - S p_v - e p_v (log p_v + H),    S = sum_k c_k,  e = -entropy_coef w
 
-Slot 0 is the sampled token with weight w, the others are the candidates with weight alpha w' p_old. Once the first
-sweep has log s, everything else of a row is a few numbers; the second sweep writes the gradient.
+Slot 0 is the sampled token with weight w, the others are the candidates with weight alpha w' p_old. Once a visit of
+the row has log s, everything else is a few numbers. The sampled token's old log-prob is near the new one, so the shift
+of that visit is known (kernels/softmax.py), and it can STORE the exponentials, which are the gradient but for one
+factor a row and the columns at ids. Otherwise, and in rows where that does not serve, a second visit writes it.
 Shape letters: N rows, V vocabulary, K slots a row (1 + candidates), M metrics.
 """
 
@@ -16,8 +18,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ipvrm_core.kernels.launch import Launch, architecture_of, contiguous, row_launch
-from ipvrm_core.kernels.logit_gradient import in_place, narrowing, softmax_gradient
-from ipvrm_core.kernels.softmax import add_at_ids, load_logits, row_softmax
+from ipvrm_core.kernels.logit_gradient import in_place, row_scale, sum_at_ids, value_at_ids, write_all
+from ipvrm_core.kernels.softmax import load_logits, row_statistics
 
 LOG_RATIO_LIMIT = tl.constexpr(40.0)  # that of ipvrm_core.types
 METRICS = 8  # loss_sampled, loss_candidates, clip_fraction, candidate_clip_fraction, ratio, kl_old, kl_ref, entropy
@@ -47,6 +49,7 @@ def policy_rows_kernel(
     p_ref,
     p_temperature,
     p_metrics,
+    p_scale,
     inv_temperature,
     cap,
     alpha,
@@ -68,26 +71,34 @@ def policy_rows_kernel(
     ON_POLICY: tl.constexpr,
     KL_RATIO: tl.constexpr,
     IN_PLACE: tl.constexpr,
-    NARROWING: tl.constexpr,
+    STORE: tl.constexpr,
 ):
     i_n = tl.program_id(0).to(tl.int64)
     p_row = p_x + i_n * stride_x
-    o_block, o_k = tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
+    o_k = tl.arange(0, BLOCK_K)
     if ROW_TEMPERATURE:
         inv_temperature = 1 / tl.load(p_temperature + i_n)
     weight, candidate_weight = tl.load(p_weight + i_n), tl.load(p_candidate_weight + i_n)
 
     # A masked row is not read at all: its loops have no columns, and what they leave undefined is overwritten.
     live = (weight != 0) | (candidate_weight != 0)
-    shift, log_sum, entropy, _ = row_softmax(p_row, tl.where(live, V, 0), inv_temperature, cap, BLOCK, 1, CAPPED)
-    shift, log_sum = tl.where(live, shift, 0.0), tl.where(live, log_sum, 0.0)
+    V_live = tl.where(live, V, 0)
+    p_out_row = p_out + i_n * stride_out
+    token, near = tl.full([], -1, tl.int64), tl.zeros([], tl.float32)
+    if not ON_POLICY:
+        token, near = tl.load(p_ids + i_n * K), tl.load(p_old + i_n * K)
+    shift, log_sum, entropy, total = row_statistics(
+        p_row, p_out_row, V_live, token, near, inv_temperature, cap, BLOCK, CAPPED, not ON_POLICY, STORE
+    )
+    shift, log_sum, total = tl.where(live, shift, 0.0), tl.where(live, log_sum, 0.0), tl.where(live, total, 0.0)
 
     ids = tl.load(p_ids + i_n * K + o_k, mask=o_k < K, other=-1)
     sampled = o_k == 0
     slot_weight = tl.where(sampled, weight, candidate_weight)
     valid = (sampled | (ids >= 0)) & (slot_weight != 0)
     advantage = tl.load(p_advantages + i_n * K + o_k, mask=valid & (o_k < K), other=0.0)
-    logp = (load_logits(p_row, tl.where(ids >= 0, ids, V), V, cap, CAPPED) - shift) * inv_temperature - log_sum
+    y = load_logits(p_row, tl.where(ids >= 0, ids, V), V, cap, CAPPED)
+    logp = (y - shift) * inv_temperature - log_sum
     # An id beyond V is an error that nobody checked: make it visible.
     logp = tl.where(ids >= V, float("nan"), tl.where(ids >= 0, logp, 0.0))
     old = logp if ON_POLICY else tl.load(p_old + i_n * K + o_k, mask=valid & (o_k < K), other=0.0)
@@ -135,23 +146,26 @@ def policy_rows_kernel(
     if GRADIENT:
         c = tl.where(ids >= 0, c, 0.0)
         e = -entropy_coef * weight
+        on_p, largest_c = -tl.sum(c, 0), tl.max(tl.abs(c), 0)
+        stored, share, scale = row_scale(on_p, largest_c, total, inv_temperature)
+        if STORE:
+            tl.store(p_scale + i_n, scale)
         # A row without any coefficient (masked, or clipped in both branches) is written as zeros without a read.
         quiet = (tl.sum(tl.abs(c), 0) == 0) & (e == 0)
-        V_read = tl.where(quiet, 0, V)
-        on_p = -tl.sum(c, 0)
         entropy = tl.where(e != 0, entropy, 0.0)
+        V_left = tl.where(stored, 0, V)
         if IN_PLACE:
             tl.debug_barrier()  # every warp gathers for itself: none may write over what another has yet to gather
-        for start in range(0, V, BLOCK):
-            o_v = start + o_block
-            y = load_logits(p_row, o_v, V_read, cap, CAPPED)
-            d = softmax_gradient(y, shift, log_sum, inv_temperature, on_p, e, entropy, ENTROPY)
-            d = add_at_ids(d, o_v, start, ids, c, o_k, BLOCK, BLOCK_K) * inv_temperature
-            if CAPPED:
-                d *= tl.where(o_v < V_read, 1 - (y / cap) * (y / cap), 0.0)
-            if NARROWING:
-                tl.debug_barrier()  # the narrower row is written over logits that other threads are still to read
-            tl.store(p_out + i_n * stride_out + o_v, d, mask=o_v < V)
+        write_all(
+            p_row, p_out_row, V_left, tl.where(quiet, 0, V_left), shift, log_sum, inv_temperature, on_p, e, entropy,
+            cap, BLOCK, CAPPED, ENTROPY,
+        )  # fmt: skip
+        tl.debug_barrier()  # the columns at ids are written last, by whichever thread
+        c = sum_at_ids(ids, ids, c)
+        value = value_at_ids(
+            y, c, stored, share, total, shift, log_sum, inv_temperature, on_p, e, entropy, cap, CAPPED, ENTROPY
+        )
+        tl.store(p_out_row + ids, value, mask=(ids >= 0) & (ids < tl.where(quiet, 0, V)))
 
 
 def policy_rows(
@@ -173,20 +187,26 @@ def policy_rows(
     temperature: float = 1.0,
     temperatures_N: Tensor | None = None,
     softcap: float | None = None,
+    metrics_NM: Tensor | None = None,
+    scale_N: Tensor | None = None,
     launch: Launch | None = None,
 ) -> Tensor:
-    """Weighted metrics [N, 8] float32; dL/dx is written into `out` [N, V] unless that is None.
+    """Weighted metrics [N, 8] float32. Into `out` [N, V], unless that is None: dL/dx, or G with dL/dx = scale G.
 
-    x, out: rows of stride 1; `out` may be x itself or its memory in a narrower type. ids [N, K] int64, slot 0 the
-    sampled token, < 0 padding, >= V gives NaN. Everything else float32; values under padding or weight 0 are not read.
-    Without old log-probs the present ones take their place, as constants.
+    x, out: rows of stride 1; `out` may be x itself where no scale is asked for. ids [N, K] int64, slot 0 the sampled
+    token, < 0 padding, >= V gives NaN. Everything else float32; values under padding or weight 0 change nothing.
+    Without old log-probs the present ones take their place, as constants. metrics, scale: memory for the results,
+    contiguous; with scale [N] rows are visited once, which needs old log-probs and no entropy gradient.
     """
     (N, V), K = x_NV.shape, ids_NK.shape[1]
     launch = launch or row_launch(architecture_of(x_NV.device), x_NV.element_size(), V)
-    metrics_NM = torch.empty(N, METRICS, dtype=torch.float32, device=x_NV.device)
+    if metrics_NM is None:
+        metrics_NM = torch.empty(N, METRICS, dtype=torch.float32, device=x_NV.device)
     slots = contiguous(ids_NK, old_logprobs_NK, advantages_NK)
     vectors = contiguous(weights_N, candidate_weights_N, ref_logprobs_N, temperatures_N)
     target_NV = x_NV if out_NV is None else out_NV
+    aliased = out_NV is not None and in_place(x_NV, out_NV)
+    assert scale_N is None or not (aliased or out_NV is None or old_logprobs_NK is None or entropy_coef)
     with torch.cuda.device_of(x_NV):
         policy_rows_kernel[(N,)](
             x_NV,
@@ -198,6 +218,7 @@ def policy_rows(
             *slots,
             *vectors,
             metrics_NM,
+            scale_N,
             1 / temperature,
             softcap or 1.0,
             alpha,
@@ -214,8 +235,8 @@ def policy_rows(
             ENTROPY=entropy_coef != 0,
             ON_POLICY=old_logprobs_NK is None,
             KL_RATIO=kl_ratio,
-            IN_PLACE=in_place(x_NV, target_NV),
-            NARROWING=narrowing(x_NV, target_NV),
+            IN_PLACE=aliased,
+            STORE=scale_N is not None,
             num_warps=launch.num_warps,
         )
     return metrics_NM

@@ -29,9 +29,10 @@ from ipvrm_core.bench.inputs import random_batch
 from ipvrm_core.bench.machine import environment
 from ipvrm_core.bench.measure import interleaved
 from ipvrm_core.fused.distrl_loss import distrl_loss_over_logits, pack_batch, pack_config
-from ipvrm_core.fused.head import HeadGradients
+from ipvrm_core.fused.head import HeadGradients, RowGradient
 from ipvrm_core.fused.rows import row_work
 from ipvrm_core.fused.transform import LogitTransform
+from ipvrm_core.types import METRICS
 
 TOLERANCES = [2.0**-k for k in (6, 7, 8, 9, 10, 11, 13, 16)]
 
@@ -142,7 +143,8 @@ class Columns(HeadGradients):
 class Entries(HeadGradients):
     """Every row's own entries, as bags of rows of W. A frozen head only."""
 
-    def add(self, rows: slice, dx_nV: Tensor) -> None:
+    def add(self, rows: slice, gradient: RowGradient) -> None:
+        dx_nV = gradient.values_nV
         row_M, column_M = (dx_nV.abs() >= self.tolerance).nonzero(as_tuple=True)
         starts_n = torch.searchsorted(row_M, torch.arange(len(dx_nV), device=row_M.device))
         dx_M, sums_n = dx_nV[row_M, column_M], dx_nV.new_zeros(len(dx_nV))
@@ -160,9 +162,10 @@ def step(kind: type[HeadGradients], trained: bool, tolerance: float | None, n: i
     gradients.tolerance, gradients.mean_D = tolerance, mean_D
     for rows, x_nV in work.head.chunks():
         target_nV = gradients.target(rows, x_nV)
-        dx_nV = work.policy(rows, x_nV, target_nV, batch, PolicyLossConfig(temperature=T))[1]
+        metrics_nM = x_nV.new_empty(len(x_nV), len(METRICS))
+        gradient = work.policy(rows, x_nV, target_nV, batch, PolicyLossConfig(temperature=T), metrics_nM)
         if tolerance is not None:
-            gradients.add(rows, dx_nV)
+            gradients.add(rows, gradient)
     return gradients.hidden
 
 

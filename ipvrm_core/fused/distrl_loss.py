@@ -17,6 +17,7 @@ from ipvrm_core.fused.head import HeadGradients, empty_gradients, wide_dtype
 from ipvrm_core.fused.policy_terms import total_loss
 from ipvrm_core.fused.rows import row_work
 from ipvrm_core.fused.transform import LogitTransform
+from ipvrm_core.fused.upstream import times_upstream
 from ipvrm_core.types import METRICS, PolicyBatch, PolicyLossConfig
 
 
@@ -50,14 +51,15 @@ def _sweep(
 ) -> tuple[Tensor, Tensor, HeadGradients]:
     batch_N, settings = _unpack(batch, config)
     transform = LogitTransform(settings.temperature, batch_N.temperatures_N, settings.softcap)
-    work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, batch_N.masked_N)
-    gradients = HeadGradients(work.head, need, into)
+    options = {"masked_N": batch_N.masked_N, "with_gradient": any(need)}
+    work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, **options)
+    gradients, batch_N = HeadGradients(work.head, need, into), work.prepared(batch_N)
     metrics_NM = hidden.new_empty(hidden.shape[0], len(METRICS), dtype=work.head.wide)
     for rows, x_nV in work.head.chunks():
         target_nV = gradients.target(rows, x_nV) if any(need) else None
-        metrics_NM[rows], dx_nV = work.policy(rows, x_nV, target_nV, batch_N, settings)
-        if dx_nV is not None:
-            gradients.add(rows, dx_nV)
+        gradient = work.policy(rows, x_nV, target_nV, batch_N, settings, metrics_NM[rows])
+        if gradient is not None:
+            gradients.add(rows, gradient)
     metrics_M = metrics_NM.sum(0)
     return total_loss(dict(zip(METRICS, metrics_M.unbind(), strict=True)), settings), metrics_M, gradients
 
@@ -93,25 +95,17 @@ def _empty_values(hidden: Tensor, *rest: Tensor | None) -> tuple[Tensor, Tensor]
 
 def _setup_context(ctx, inputs, output) -> None:
     _, metrics_M, *grads = output
-    ctx.n_batch, ctx.need = len(inputs[3]), inputs[-1]
+    ctx.n_batch, ctx.triton, ctx.need = len(inputs[3]), inputs[-2], inputs[-1]
     ctx.save_for_backward(*grads)
     ctx.mark_non_differentiable(metrics_M, *grads)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_loss, *_):
-    _refuse_second_derivative()
-    grads = zip(ctx.saved_tensors, ctx.need, strict=True)
-    scaled = (grad * grad_loss.to(grad.dtype) if wanted and grad_loss is not None else None for grad, wanted in grads)
-    return *scaled, [None] * ctx.n_batch, None, None, None, None
+    return *times_upstream(ctx, grad_loss), [None] * ctx.n_batch, None, None, None, None
 
 
 distrl_loss.register_autograd(_backward, setup_context=_setup_context)
-
-
-def _refuse_second_derivative() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError("distrl_loss has no second derivative; use backend='reference' with create_graph=True")
 
 
 @torch.library.custom_op("ipvrm::distrl_loss_over_logits", mutates_args=("logits",))
@@ -129,17 +123,6 @@ def _(logits, batch, config, max_buffer_bytes, triton):
     return _empty_values(logits)
 
 
-@torch.library.custom_op("ipvrm::rescale", mutates_args=("x",))
-def rescale(x: Tensor, scale: Tensor, triton: bool) -> None:
-    """x <- scale x for x [N, V]; the Triton kernel (rows of stride 1) touches nothing where scale is 1."""
-    if triton and x.stride(1) == 1:
-        from ipvrm_core.kernels.rescale import rescale as rescale_kernel
-
-        rescale_kernel(x, scale)
-    else:
-        x.mul_(scale)
-
-
 class DistrlLossInPlace(torch.autograd.Function):
     """`distrl_loss_over_logits` with its gradient: the memory of the logits, given away once."""
 
@@ -148,13 +131,10 @@ class DistrlLossInPlace(torch.autograd.Function):
         logits = logits.detach()
         loss, metrics_M = distrl_loss_over_logits(logits, batch, config, max_buffer_bytes, triton)
         ctx.save_for_backward(logits)
-        ctx.triton = triton
+        ctx.need, ctx.triton = [True], triton
         ctx.mark_non_differentiable(metrics_M)
         return loss, metrics_M
 
     @staticmethod
     def backward(ctx, grad_loss, _):
-        _refuse_second_derivative()
-        (logits,) = ctx.saved_tensors
-        rescale(logits, grad_loss, ctx.triton)
-        return logits, None, None, None, None
+        return *times_upstream(ctx, grad_loss, in_place=True), None, None, None, None

@@ -4,15 +4,19 @@ Shape letters: N rows, n rows of one chunk, D hidden size, V vocabulary.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-# Bytes for the private [n, V] buffers of one call. CPU: where the sweep of bench/cpu.py turns flat. CUDA: about 700
-# rows of a 150k vocabulary, which with dh stays under 0.5 GB at D = 4096; derived, not yet measured.
+# Bytes for the private [n, V] buffers of one call. CPU: where the sweep of bench/cpu.py turns flat. CUDA: 384 rows of a
+# 150k vocabulary with their gradient, 640 without, which with dh stays under 0.5 GB at N = 8192, D = 4096. From 256
+# rows on a product is bound by arithmetic on an H100 or H200 whatever D is (n flops a byte of W against 167 to 240), so
+# D does not enter; derived, not yet measured (docs/kernels.md, section 8).
 DEFAULT_BUFFER_BYTES = {"cpu": 128 << 20, "cuda": 416 << 20}
-_ROW_MULTIPLE = 64
-_MOST_ROWS = 4096  # of a fixed chunk: a product of so many rows is bound by arithmetic at any D
+_ROW_MULTIPLE = 128  # the tile of a product
+_MOST_ROWS = 4096
+_ALIGNMENT = 64  # logits: rows begin at multiples of 128 bytes, whatever V is
 # Row statistics in torch go over a scratch of this size: in cache on a CPU, few launches on a GPU.
 _SCRATCH_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
@@ -29,24 +33,31 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
 
 
 def rows_per_chunk(n_rows: int, vocabulary: int, bytes_per_logit: int, buffer_bytes: int) -> int:
-    """How many rows fit: at least 1, at most N, a multiple of 64 when there are that many."""
+    """How many rows fit: at least 1, at most N, a multiple of 128 when there are that many."""
     rows = buffer_bytes // (vocabulary * bytes_per_logit)
     if rows > _ROW_MULTIPLE:
         rows -= rows % _ROW_MULTIPLE
     return max(1, min(n_rows, rows))
 
 
+class RowGradient(NamedTuple):
+    """dLoss/dx = scale_n1 * values_nV of the rows of a chunk; None: the values themselves."""
+
+    values_nV: Tensor
+    scale_n1: Tensor | None = None
+
+
 class Head:
     """The head's outputs in chunks of rows. With weight=None `hidden` already is x [N, V].
 
-    fixed: every product has the same number of rows, set by V and the budget alone; the last chunk is padded. BLAS then
-    runs the same code whatever N is, so a row's bits do not depend on what follows it. Otherwise the last chunk is
-    shorter and no chunk is longer than N.
+    apart: the gradient gets a buffer of its own beside x, in the type of the products, and products are padded to
+    multiples of 128 rows. Otherwise x becomes its gradient in place.
 
     masked_N [N] bool: rows that are taken as zeros, whatever they hold (for dW that is 0 * NaN).
 
-    bfloat16 on CUDA multiplies in tensor cores into float32. Any other half-precision weight is upcast once a call
-    (V * D * 4 bytes): CPU products have no float32 output, and float16 gradients underflow at weights of 1/tokens.
+    bfloat16 on CUDA multiplies in tensor cores into float32, or into bfloat16 with `narrow_logits`. Any other
+    half-precision weight is upcast once a call (V * D * 4 bytes): CPU products have no float32 output, and float16
+    gradients underflow at weights of 1/tokens.
     """
 
     def __init__(
@@ -57,7 +68,8 @@ class Head:
         buffer_bytes: int,
         *,
         extra_bytes_per_logit: int = 0,
-        fixed: bool = False,
+        apart: bool = False,
+        with_gradient: bool = False,
         masked_N: Tensor | None = None,
     ) -> None:
         self.N, self.V = hidden.shape[0], (hidden if weight is None else weight).shape[-1 if weight is None else 0]
@@ -66,9 +78,14 @@ class Head:
         self.hidden, self.masked_N = hidden, masked_N
         self.weight = weight if weight is None or self.tensor_cores else weight.to(self.wide)
         self.bias = None if bias is None else bias.to(self.wide)
-        self.fixed = fixed and weight is not None
-        most = _MOST_ROWS if self.fixed else self.N
+        self.apart = apart and weight is not None
+        self.product = torch.bfloat16 if self.tensor_cores else self.wide
+        if self.apart and with_gradient:
+            extra_bytes_per_logit += self.product.itemsize
+        most = min(self.N, _MOST_ROWS) if self.apart else self.N
         self.n = rows_per_chunk(most, self.V, self.wide.itemsize + extra_bytes_per_logit, buffer_bytes)
+        self._x: Tensor | None = None
+        self._gradient: Tensor | None = None
 
     def hidden_rows(self, rows: slice) -> Tensor:
         """h[rows] as the operand of a product with W or dx."""
@@ -77,21 +94,42 @@ class Head:
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
         """(rows, x [n, V]) in the wide type; x is the caller's to overwrite until the next chunk."""
-        buffer_nV = self.hidden.new_empty(self.n, self.V, dtype=self.wide)
         for start in range(0, self.N, self.n):
             rows = slice(start, min(start + self.n, self.N))
-            yield rows, self._fill(rows, buffer_nV)
+            yield rows, self._fill(rows, self.buffer)
+
+    @property
+    def buffer(self) -> Tensor:
+        """The memory of x [n, V]: of the rows that `chunks` gave last."""
+        if self._x is None:
+            self._x = self._buffer(self.wide)
+        return self._x
+
+    def gradient_rows(self, x_nV: Tensor) -> Tensor:
+        """Memory for dLoss/dx of the chunk x: a buffer of its own, or that of x."""
+        if not self.apart:
+            return x_nV
+        if self._gradient is None:
+            self._gradient = self._buffer(self.product)
+        return self._gradient[: len(x_nV)]
+
+    def padded_rows(self, rows: int) -> int:
+        """What a product of so many rows is padded to."""
+        return min(-(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE, self.n) if self.apart else rows
+
+    def _buffer(self, dtype: torch.dtype) -> Tensor:
+        if not self.apart:
+            return self.hidden.new_empty(self.n, self.V, dtype=dtype)
+        stride = -(-self.V // _ALIGNMENT) * _ALIGNMENT
+        return self.hidden.new_empty(self.n, stride, dtype=dtype)[:, : self.V]
 
     def _fill(self, rows: slice, buffer_nV: Tensor) -> Tensor:
         x_nV = buffer_nV[: rows.stop - rows.start]
         if self.weight is None:
             x_nV.copy_(self.hidden[rows])
             return x_nV if self.masked_N is None else x_nV.masked_fill_(self.masked_N[rows, None], 0.0)
-        hidden_nD = self.hidden_rows(rows)
-        if self.fixed:
-            hidden_nD, target_nV = padded(hidden_nD, self.n), buffer_nV
-        else:
-            target_nV = x_nV
+        hidden_nD = padded(self.hidden_rows(rows), self.padded_rows(len(x_nV)))
+        target_nV = buffer_nV[: len(hidden_nD)]
         kind = {"out_dtype": self.wide} if self.tensor_cores else {}
         if self.bias is None:
             torch.mm(hidden_nD, self.weight.t(), out=target_nV, **kind)
@@ -110,7 +148,8 @@ def padded(x_nD: Tensor, rows: int) -> Tensor:
 class HeadGradients:
     """dh, dW and db from dLoss/dx, chunk by chunk. dW and db add up in the wide type.
 
-    With weight=None, `into` may name the tensor that receives dx. Products use `out=` or in-place forms only: autocast
+    A row's scale never meets [n, V]: it multiplies the row of dh after its product, and of h before that of dW. With
+    weight=None, `into` may name the tensor that receives dx. Products use `out=` or in-place forms only: autocast
     leaves those alone.
     """
 
@@ -126,36 +165,47 @@ class HeadGradients:
         self.bias = new(head.V, dtype=wide).zero_() if need_bias else None
 
     def target(self, rows: slice, x_nV: Tensor) -> Tensor:
-        """Where a kernel should write dx of these rows: the result itself, or the memory of x in the product's type."""
-        if self.head.weight is None:  # kernels want rows of stride 1; where the result has others, x is a private copy
-            assert self.hidden is not None
-            return self.hidden[rows] if self.hidden.stride(1) == 1 else x_nV
-        return x_nV.view(torch.bfloat16)[:, : self.head.V] if self.head.tensor_cores else x_nV
+        """Where a kernel should write dx of these rows: the result itself, or the head's memory for it."""
+        if self.head.weight is not None:
+            return self.head.gradient_rows(x_nV)
+        assert (
+            self.hidden is not None
+        )  # kernels want rows of stride 1; where the result has others, x is a private copy
+        return self.hidden[rows] if self.hidden.stride(1) == 1 else x_nV
 
-    def add(self, rows: slice, dx_nV: Tensor) -> None:
-        """Account for dx of these rows; dx is read only."""
-        head = self.head
+    def add(self, rows: slice, gradient: RowGradient) -> None:
+        """Account for dx of these rows. The chunk's x may be overwritten; dx is read only."""
+        head, (dx_nV, scale_n1) = self.head, gradient
         if head.weight is None:
             if self.hidden is not None and self.hidden[rows].data_ptr() != dx_nV.data_ptr():
                 self.hidden[rows] = dx_nV
             return
         if self.bias is not None:
-            self.bias.add_(dx_nV.sum(0, dtype=head.wide))
-        dx_nV = dx_nV.to(torch.bfloat16) if head.tensor_cores else dx_nV
+            scaled_nV = dx_nV if scale_n1 is None else torch.mul(dx_nV, scale_n1, out=head.buffer[: len(dx_nV)])
+            self.bias.add_(scaled_nV.sum(0, dtype=head.wide))
+        dx_nV = dx_nV.to(head.product)
         if self.hidden is not None:
-            self._add_hidden(self.hidden[rows], dx_nV)
+            self._add_hidden(self.hidden[rows], dx_nV, scale_n1)
         if self.weight is not None:
             kind = {"out_dtype": head.wide} if head.tensor_cores else {}
-            torch.addmm(self.weight, dx_nV.t(), head.hidden_rows(rows), out=self.weight, **kind)
+            hidden_nD = head.hidden_rows(rows)
+            if scale_n1 is not None:
+                hidden_nD = (hidden_nD * scale_n1).to(hidden_nD.dtype)
+            torch.addmm(self.weight, dx_nV.t(), hidden_nD, out=self.weight, **kind)
 
-    def _add_hidden(self, target_nD: Tensor, dx_nV: Tensor) -> None:
-        n = len(dx_nV)
-        if self.head.fixed and n < self.head.n:  # the buffer goes on below the last row; what stands there is not used
-            dx_nV = dx_nV.as_strided((self.head.n, dx_nV.shape[1]), dx_nV.stride())
-        direct = len(dx_nV) == n and target_nD.dtype == dx_nV.dtype
-        product_nD = target_nD if direct else dx_nV.new_empty(len(dx_nV), target_nD.shape[1])
-        torch.mm(dx_nV, self.head.weight, out=product_nD)
-        if not direct:
+    def _add_hidden(self, target_nD: Tensor, dx_nV: Tensor, scale_n1: Tensor | None) -> None:
+        n, head = len(dx_nV), self.head
+        if head.padded_rows(n) != n:  # the buffer goes on below the last row; what stands there is not used
+            dx_nV = dx_nV.as_strided((head.padded_rows(n), dx_nV.shape[1]), dx_nV.stride())
+        direct = scale_n1 is None and len(dx_nV) == n and target_nD.dtype == dx_nV.dtype
+        kind = {"out_dtype": head.wide} if head.tensor_cores and scale_n1 is not None else {}
+        product_nD = (
+            target_nD if direct else dx_nV.new_empty(len(dx_nV), target_nD.shape[1], dtype=kind.get("out_dtype"))
+        )
+        torch.mm(dx_nV, head.weight, out=product_nD, **kind)
+        if scale_n1 is not None:
+            torch.mul(product_nD[:n], scale_n1, out=target_nD)
+        elif not direct:
             target_nD.copy_(product_nD[:n])
 
     def result(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ def linear_logprobs(
     weight: Tensor | None,
     bias: Tensor | None,
     ids: Tensor,
+    near: Tensor | None,
     temperature: float,
     temperatures: Tensor | None,
     softcap: float | None,
@@ -26,9 +27,11 @@ def linear_logprobs(
     """log pi(id | s) [N, K], LSE [N] and entropy [N] (nats) of the logits, in float32 or float64, and row statistics.
 
     hidden [N, D], weight [V, D], bias [V]; with weight=None `hidden` is x [N, V]. ids [N, K] int64, < 0 is padding
-    (value 0, no gradient). Differentiable in hidden, weight and bias through the first three outputs.
+    (value 0, no gradient). near [N]: about log pi of ids[:, 0], for the kernels. Differentiable in hidden, weight and
+    bias through the first three outputs.
     """
-    work = row_work(triton, hidden, weight, bias, LogitTransform(temperature, temperatures, softcap), max_buffer_bytes)
+    transform = LogitTransform(temperature, temperatures, softcap)
+    work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, near_N=near)
     outputs = _empty_outputs(hidden, weight, bias, ids)
     for rows, x_nV in work.head.chunks():
         for output, part in zip(outputs, work.logprobs(rows, x_nV, ids[rows]), strict=True):
@@ -42,7 +45,7 @@ def _empty_outputs(hidden, weight, bias, ids) -> tuple[Tensor, Tensor, Tensor, T
 
 
 @linear_logprobs.register_fake
-def _(hidden, weight, bias, ids, temperature, temperatures, softcap, max_buffer_bytes, triton):
+def _(hidden, weight, bias, ids, *_):
     return _empty_outputs(hidden, weight, bias, ids)
 
 
@@ -65,13 +68,14 @@ def linear_logprobs_backward(
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dh, dW, db) from the gradients of the three outputs, None where an output was not used; need = (h, W, b)."""
-    work = row_work(triton, hidden, weight, bias, LogitTransform(temperature, temperatures, softcap), max_buffer_bytes)
+    transform = LogitTransform(temperature, temperatures, softcap)
+    work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, with_gradient=True)
     gradients = HeadGradients(work.head, need)
     if grad_logprobs is None:
         grad_logprobs = statistics.new_zeros(ids.shape)
     for rows, x_nV in work.head.chunks():
         lse_n, entropy_n = (None if grad is None else grad[rows] for grad in (grad_lse, grad_entropy))
-        dx_nV = work.logprobs_gradient(
+        gradient = work.logprobs_gradient(
             rows,
             x_nV,
             gradients.target(rows, x_nV),
@@ -82,7 +86,7 @@ def linear_logprobs_backward(
             statistics[rows],
             entropy[rows],
         )
-        gradients.add(rows, dx_nV)
+        gradients.add(rows, gradient)
     return gradients.result(hidden, weight, bias)
 
 
@@ -92,7 +96,7 @@ def _(grad_logprobs, grad_lse, grad_entropy, entropy, statistics, hidden, weight
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, ids, ctx.temperature, temperatures, *ctx.settings = inputs
+    hidden, weight, bias, ids, _, ctx.temperature, temperatures, *ctx.settings = inputs
     _, _, entropy, statistics = output
     ctx.save_for_backward(entropy, statistics, hidden, weight, bias, ids, temperatures)
     ctx.mark_non_differentiable(statistics)
@@ -103,7 +107,7 @@ def _backward(ctx, grad_logprobs, grad_lse, grad_entropy, _):
     need, grads_out = list(ctx.needs_input_grad[:3]), (grad_logprobs, grad_lse, grad_entropy)
     *saved, temperatures = ctx.saved_tensors
     grads = linear_logprobs_backward(*grads_out, *saved, ctx.temperature, temperatures, *ctx.settings, need)
-    return *(grad if wanted else None for grad, wanted in zip(grads, need, strict=True)), *[None] * 6
+    return *(grad if wanted else None for grad, wanted in zip(grads, need, strict=True)), *[None] * 7
 
 
 linear_logprobs.register_autograd(_backward, setup_context=_setup_context)

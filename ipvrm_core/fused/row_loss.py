@@ -16,6 +16,7 @@ from torch import Tensor
 from ipvrm_core.fused.head import HeadGradients
 from ipvrm_core.fused.rows import row_work
 from ipvrm_core.fused.transform import LogitTransform
+from ipvrm_core.fused.upstream import times_upstream
 from ipvrm_core.types import LogProbs
 
 RowFunction = Callable[[LogProbs, slice], Tensor]  # (of n rows, which rows of N) -> 0-d, their sum
@@ -25,27 +26,29 @@ class RowLoss(torch.autograd.Function):
     """sum over chunks of fn(log-probs, rows): 0-d in the wide type."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, ids, fn, temperature, temperatures, softcap, max_buffer_bytes, triton, need):
+    def forward(
+        ctx, hidden, weight, bias, ids, near, fn, temperature, temperatures, softcap, max_buffer_bytes, triton, need
+    ):
         transform = LogitTransform(temperature, temperatures, softcap)
-        work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes)
+        options = {"near_N": near, "with_gradient": any(need)}
+        work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, **options)
         gradients = HeadGradients(work.head, need)
         loss = hidden.new_zeros((), dtype=work.head.wide)
         for rows, x_nV in work.head.chunks():
             target_nV = gradients.target(rows, x_nV) if any(need) else None
-            value, dx_nV = work.loss(rows, x_nV, target_nV, ids[rows], partial(value_and_gradient, fn, rows, any(need)))
+            value, gradient = work.loss(
+                rows, x_nV, target_nV, ids[rows], partial(value_and_gradient, fn, rows, any(need))
+            )
             loss += value
-            if dx_nV is not None:
-                gradients.add(rows, dx_nV)
-        ctx.need = need
+            if gradient is not None:
+                gradients.add(rows, gradient)
+        ctx.need, ctx.triton = need, triton
         ctx.save_for_backward(*gradients.result(hidden, weight, bias))
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
-        if torch.is_grad_enabled():
-            raise RuntimeError("row_loss has no second derivative; use backend='reference' with create_graph=True")
-        grads = zip(ctx.saved_tensors, ctx.need, strict=True)
-        return *(grad * grad_loss.to(grad.dtype) if wanted else None for grad, wanted in grads), *[None] * 8
+        return *times_upstream(ctx, grad_loss), *[None] * 9
 
 
 def value_and_gradient(fn: RowFunction, rows: slice, need: bool, logprobs: LogProbs) -> tuple[Tensor, list]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor
 
-from ipvrm_core.fused.head import _SCRATCH_BYTES, Head, rows_per_chunk
+from ipvrm_core.fused.head import _SCRATCH_BYTES, Head, RowGradient, rows_per_chunk
 from ipvrm_core.fused.policy_terms import policy_terms
 from ipvrm_core.fused.softmax import RowSoftmax, logit_gradient_, row_softmax_
 from ipvrm_core.fused.transform import LogitTransform
@@ -22,17 +22,20 @@ if TYPE_CHECKING:
 ValueAndGradient: TypeAlias = Callable[[LogProbs], tuple[Tensor, list]]
 
 
-def row_work(triton: bool, *arguments) -> "TorchRows | TritonRows":
+def row_work(triton: bool, *arguments, **options) -> "TorchRows | TritonRows":
     """TorchRows(...) or TritonRows(...), whose interface is the same."""
     if not triton:
-        return TorchRows(*arguments)
+        return TorchRows(*arguments, **options)
     from ipvrm_core.fused.triton_rows import TritonRows
 
-    return TritonRows(*arguments)
+    return TritonRows(*arguments, **options)
 
 
 class TorchRows:
-    """`head` makes the chunks, which this work overwrites; `transform` turns them into logits. masked_N: see `Head`."""
+    """`head` makes the chunks, which this work overwrites; `transform` turns them into logits. masked_N: see `Head`.
+
+    with_gradient: whether a gradient will be asked for. near_N [N]: about log p of the first id, for TritonRows.
+    """
 
     def __init__(
         self,
@@ -42,6 +45,8 @@ class TorchRows:
         transform: LogitTransform,
         max_buffer_bytes: int,
         masked_N: Tensor | None = None,
+        near_N: Tensor | None = None,
+        with_gradient: bool = False,
     ) -> None:
         self.transform = transform
         scratch_bytes = min(_SCRATCH_BYTES.get(hidden.device.type, 256 << 20), max_buffer_bytes // 4)
@@ -74,16 +79,16 @@ class TorchRows:
         grad_entropy_n: Tensor | None,
         normalizer_n2: Tensor,
         entropy_n: Tensor,
-    ) -> Tensor:
-        """dLoss/dx [n, V]. The statistics are made again: here x becomes exp(l - max), which the gradient needs."""
+    ) -> RowGradient:
+        """dLoss/dx. The statistics are made again: here x becomes exp(l - max), which the gradient needs."""
         slope_nV = self.transform.rows(rows).apply_(x_nV)
         softmax = row_softmax_(x_nV, self.scratch, ids_nK)
         return self._gradient(rows, softmax, ids_nK, c_nK, slope_nV, grad_lse_n, grad_entropy_n)
 
     def loss(
         self, rows: slice, x_nV: Tensor, target_nV: Tensor | None, ids_nK: Tensor, fn: ValueAndGradient
-    ) -> tuple[Tensor, Tensor | None]:
-        """(fn's value, dLoss/dx [n, V] or None if no target is given)."""
+    ) -> tuple[Tensor, RowGradient | None]:
+        """(fn's value, dLoss/dx or None if no target is given)."""
         slope_nV = self.transform.rows(rows).apply_(x_nV)
         softmax = row_softmax_(x_nV, self.scratch, ids_nK)
         value, (c_nK, *others) = fn(LogProbs(softmax.logprobs_NK, softmax.lse_N, softmax.entropy_N))
@@ -92,19 +97,28 @@ class TorchRows:
         c_nK = torch.zeros_like(softmax.logprobs_NK) if c_nK is None else c_nK
         return value, self._gradient(rows, softmax, ids_nK, c_nK, slope_nV, *others)
 
+    def prepared(self, batch: PolicyBatch) -> PolicyBatch:
+        """The batch as `policy` takes it, once for all chunks."""
+        return batch
+
     def policy(
-        self, rows: slice, x_nV: Tensor, target_nV: Tensor | None, batch: PolicyBatch, settings: PolicyLossConfig
-    ) -> tuple[Tensor, Tensor | None]:
-        """(metrics [n, M], dLoss/dx [n, V] or None if no target is given)."""
+        self,
+        rows: slice,
+        x_nV: Tensor,
+        target_nV: Tensor | None,
+        batch: PolicyBatch,
+        settings: PolicyLossConfig,
+        metrics_nM: Tensor,
+    ) -> RowGradient | None:
+        """dLoss/dx, or None if no target is given; fills metrics."""
         slope_nV, batch_n = self.transform.rows(rows).apply_(x_nV), batch.rows(rows)
         softmax = row_softmax_(x_nV, self.scratch, batch_n.ids_NS)
         terms = policy_terms(softmax.logprobs_NK, softmax.entropy_N, batch_n, settings)
+        metrics_nM.copy_(terms.metrics_NM)
         if target_nV is None:
-            return terms.metrics_NM, None
+            return None
         grad_entropy_n = terms.grad_entropy_N if settings.entropy_coef else None
-        return terms.metrics_NM, self._gradient(
-            rows, softmax, batch_n.ids_NS, terms.c_NS, slope_nV, None, grad_entropy_n
-        )
+        return self._gradient(rows, softmax, batch_n.ids_NS, terms.c_NS, slope_nV, None, grad_entropy_n)
 
     def _gradient(
         self,
@@ -115,13 +129,13 @@ class TorchRows:
         slope_nV: Tensor | None,
         grad_lse_n: Tensor | None,
         grad_entropy_n: Tensor | None,
-    ) -> Tensor:
+    ) -> RowGradient:
         """Equation (1) divided by T, times dy/dx."""
         T = self.transform.rows(rows).column(c_nK)
         per_row = T if isinstance(T, float) else T[:, 0]
         others = (None if grad is None else grad / per_row for grad in (grad_lse_n, grad_entropy_n))
         dx_nV = logit_gradient_(softmax, self.scratch, ids_nK, c_nK / T, *others)
-        return dx_nV if slope_nV is None else dx_nV.mul_(slope_nV)
+        return RowGradient(dx_nV if slope_nV is None else dx_nV.mul_(slope_nV))
 
     def candidates(
         self, rows: slice, x_nV: Tensor, sampled_n: Tensor, k: int, threshold: float

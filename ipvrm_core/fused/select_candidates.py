@@ -7,6 +7,7 @@ Shape letters: N rows, n rows of one chunk, V vocabulary, K candidate slots, k s
 """
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -49,45 +50,45 @@ def select_candidates(
     """
     work = row_work(triton, hidden, weight, bias, LogitTransform(temperature, temperatures, softcap), max_buffer_bytes)
     k, K = _slots(p_min, work.head.V, top_k, keep_sampled)
-    N, wide = work.head.N, work.head.wide
-    ids_NS = sampled_ids.new_empty(N, 1 + K)
-    logprobs_NS = hidden.new_empty(N, 1 + K, dtype=wide)
-    entropy_N = hidden.new_empty(N, dtype=wide)
-    ids_NS[:, 0] = sampled_ids
+    N, new = work.head.N, partial(hidden.new_empty, dtype=work.head.wide)
+    found = sampled_ids.new_empty(N, k), new(N, k), new(N), new(N)
     for rows, x_nV in work.head.chunks():
-        ids_nk, logp_nk, sampled_n, entropy_N[rows] = work.candidates(
-            rows, x_nV, sampled_ids[rows], k, log_threshold(p_min, strict)
-        )
-        forced_n1 = sampled_ids[rows, None] if keep_sampled else None
-        ids_nk, logp_nk = _finish_rule(
-            ids_nk, logp_nk, top_k, forced_n1, sampled_n, None if exclude is None else exclude[rows, None]
-        )
-        ids_NS[rows, 1:], logprobs_NS[rows, 1:], logprobs_NS[rows, 0] = ids_nk[:, :K], logp_nk[:, :K], sampled_n
-    padding_NS = ids_NS == _NO_ID
-    ids_NS.masked_fill_(padding_NS, -1)
-    return ids_NS, logprobs_NS.masked_fill_(padding_NS, 0.0), (~padding_NS)[:, 1:].sum(-1), entropy_N
+        parts = work.candidates(rows, x_nV, sampled_ids[rows], k, log_threshold(p_min, strict))
+        for whole, part in zip(found, parts, strict=True):
+            whole[rows] = part
+    ids_Nk, logp_Nk, sampled_N, entropy_N = found
+    # The kernels find them in order; torch leaves gaps, and so does every further rule.
+    if not triton or top_k is not None or keep_sampled or exclude is not None:
+        forced_N1 = sampled_ids[:, None] if keep_sampled else None
+        exclude_N1 = None if exclude is None else exclude[:, None]
+        ids_Nk, logp_Nk = _finish_rule(ids_Nk, logp_Nk, top_k, forced_N1, sampled_N, exclude_N1)
+    ids_NS = torch.cat([sampled_ids[:, None], ids_Nk[:, :K]], dim=1)
+    padding_NS = ids_NS < 0
+    padding_NS[:, 0] = False
+    logprobs_NS = torch.cat([sampled_N[:, None], logp_Nk[:, :K]], dim=1).masked_fill_(padding_NS, 0.0)
+    return ids_NS, logprobs_NS, (~padding_NS)[:, 1:].sum(-1), entropy_N
 
 
 def _finish_rule(
-    ids_nk: Tensor,
-    logp_nk: Tensor,
+    ids_Nk: Tensor,
+    logp_Nk: Tensor,
     top_k: int | None,
-    forced_n1: Tensor | None,
-    sampled_n: Tensor,
-    exclude_n1: Tensor | None,
+    forced_N1: Tensor | None,
+    sampled_N: Tensor,
+    exclude_N1: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The cap, the forced token, the exclusion; then ascending ids, with _NO_ID behind them."""
+    """The cap, the forced token, the exclusion; then ascending ids, with -1 behind them."""
     if top_k is not None:
         # Ids ascend, so the stable sort resolves equal probabilities by the smaller id.
-        best_nk = logp_nk.masked_fill(ids_nk < 0, -math.inf).argsort(dim=-1, descending=True, stable=True)[:, :top_k]
-        ids_nk = torch.full_like(ids_nk, -1).scatter_(1, best_nk, ids_nk.gather(1, best_nk))
-    if forced_n1 is not None:
-        present_n1 = (ids_nk == forced_n1).any(-1, keepdim=True)
-        ids_nk = torch.cat([ids_nk, forced_n1.masked_fill(present_n1, -1)], dim=1)
-        logp_nk = torch.cat([logp_nk, sampled_n[:, None]], dim=1)
-    absent_nk = ids_nk < 0 if exclude_n1 is None else (ids_nk < 0) | exclude_n1
-    ids_nk, order_nk = ids_nk.masked_fill(absent_nk, _NO_ID).sort(dim=-1)
-    return ids_nk, logp_nk.gather(1, order_nk)
+        best_Nk = logp_Nk.masked_fill(ids_Nk < 0, -math.inf).argsort(dim=-1, descending=True, stable=True)[:, :top_k]
+        ids_Nk = torch.full_like(ids_Nk, -1).scatter_(1, best_Nk, ids_Nk.gather(1, best_Nk))
+    if forced_N1 is not None:
+        present_N1 = (ids_Nk == forced_N1).any(-1, keepdim=True)
+        ids_Nk = torch.cat([ids_Nk, forced_N1.masked_fill(present_N1, -1)], dim=1)
+        logp_Nk = torch.cat([logp_Nk, sampled_N[:, None]], dim=1)
+    absent_Nk = ids_Nk < 0 if exclude_N1 is None else (ids_Nk < 0) | exclude_N1
+    ids_Nk, order_Nk = ids_Nk.masked_fill(absent_Nk, _NO_ID).sort(dim=-1)
+    return ids_Nk.masked_fill_(ids_Nk == _NO_ID, -1), logp_Nk.gather(1, order_Nk)
 
 
 @select_candidates.register_fake

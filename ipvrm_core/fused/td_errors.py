@@ -26,7 +26,9 @@ def linear_td_errors(
     triton: bool,
 ) -> Tensor:
     """beta (log pi(id | s) - old) [N, K], 0 at padding (id < 0). With weight=None `hidden` is x [N, V]."""
-    work = row_work(triton, hidden, weight, bias, LogitTransform(temperature, temperatures, softcap), max_buffer_bytes)
+    transform = LogitTransform(temperature, temperatures, softcap)
+    near_N = old_logprobs[:, 0] if ids.shape[1] else None  # the reward model is near the old policy
+    work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, near_N=near_N)
     delta_NK = hidden.new_empty(ids.shape, dtype=work.head.wide)
     for rows, x_nV in work.head.chunks():
         delta_NK[rows] = work.td_errors(rows, x_nV, ids[rows], old_logprobs[rows], beta)

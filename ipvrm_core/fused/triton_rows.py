@@ -4,11 +4,12 @@ Shape letters: n rows of a chunk, V vocabulary, K ids a row, k candidate slots o
 """
 
 from collections.abc import Iterator
+from dataclasses import fields
 
 import torch
 from torch import Tensor
 
-from ipvrm_core.fused.head import Head
+from ipvrm_core.fused.head import Head, RowGradient
 from ipvrm_core.fused.rows import ValueAndGradient
 from ipvrm_core.fused.transform import LogitTransform
 from ipvrm_core.kernels.candidates import candidate_rows
@@ -27,7 +28,7 @@ class GivenLogits(Head):
 
 
 class TritonRows:
-    """See TorchRows: the same interface. Products have a fixed shape, so a row's bits do not depend on N."""
+    """See TorchRows: the same interface. x stays as it is; its gradient has memory of its own."""
 
     def __init__(
         self,
@@ -37,21 +38,29 @@ class TritonRows:
         transform: LogitTransform,
         max_buffer_bytes: int,
         masked_N: Tensor | None = None,
+        near_N: Tensor | None = None,
+        with_gradient: bool = False,
     ) -> None:
         if transform.temperatures_N is not None:
             transform = transform._replace(temperatures_N=transform.temperatures_N.to(torch.float32))
-        self.transform = transform
+        self.transform, self.near_N = transform, near_N
         kind = GivenLogits if weight is None else Head
-        self.head = kind(hidden, weight, bias, max_buffer_bytes, fixed=True, masked_N=masked_N)
+        self.head = kind(
+            hidden, weight, bias, max_buffer_bytes, apart=True, with_gradient=with_gradient, masked_N=masked_N
+        )
 
     def _options(self, rows: slice) -> dict:
         return self.transform.rows(rows)._asdict()
 
+    def _statistics(self, rows: slice, x_nV: Tensor, ids_nK: Tensor, target_nV: Tensor | None = None, **td) -> tuple:
+        near_n = None if self.near_N is None else self.near_N[rows]
+        return row_logprobs(x_nV, ids_nK, near_N=near_n, out_NV=target_nV, **td, **self._options(rows))
+
     def logprobs(self, rows: slice, x_nV: Tensor, ids_nK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return row_logprobs(x_nV, ids_nK, **self._options(rows))
+        return self._statistics(rows, x_nV, ids_nK)[:4]
 
     def td_errors(self, rows: slice, x_nV: Tensor, ids_nK: Tensor, old_nK: Tensor, beta: float) -> Tensor:
-        return row_logprobs(x_nV, ids_nK, old_logprobs_NK=old_nK, beta=beta, **self._options(rows))[0]
+        return self._statistics(rows, x_nV, ids_nK, old_logprobs_NK=old_nK, beta=beta)[0]
 
     def logprobs_gradient(
         self,
@@ -64,34 +73,53 @@ class TritonRows:
         grad_entropy_n: Tensor | None,
         normalizer_n2: Tensor,
         entropy_n: Tensor,
-    ) -> Tensor:
-        grads = {"grad_lse_N": grad_lse_n, "grad_entropy_N": grad_entropy_n}
-        logit_gradient(x_nV, target_nV, ids_nK, c_nK, normalizer_n2, entropy_n, **grads, **self._options(rows))
-        return target_nV
+        total_n: Tensor | None = None,
+    ) -> RowGradient:
+        options = {"grad_lse_N": grad_lse_n, "grad_entropy_N": grad_entropy_n} | self._options(rows)
+        scale_n = logit_gradient(x_nV, target_nV, ids_nK, c_nK, normalizer_n2, entropy_n, total_N=total_n, **options)
+        return RowGradient(target_nV, None if scale_n is None else scale_n[:, None])
 
     def loss(
         self, rows: slice, x_nV: Tensor, target_nV: Tensor | None, ids_nK: Tensor, fn: ValueAndGradient
-    ) -> tuple[Tensor, Tensor | None]:
-        *outputs, normalizer_n2 = self.logprobs(rows, x_nV, ids_nK)
+    ) -> tuple[Tensor, RowGradient | None]:
+        apart_nV = target_nV if self.head.apart else None  # given logits get their gradient itself
+        *outputs, normalizer_n2, total_n = self._statistics(rows, x_nV, ids_nK, apart_nV)
         value, (c_nK, lse_n, entropy_n) = fn(LogProbs(*outputs))
         if target_nV is None:
             return value, None
         c_nK = torch.zeros_like(outputs[0]) if c_nK is None else c_nK
-        grads = c_nK, lse_n, entropy_n, normalizer_n2, outputs[2]
+        total_n = total_n if entropy_n is None else None
+        grads = c_nK, lse_n, entropy_n, normalizer_n2, outputs[2], total_n
         return value, self.logprobs_gradient(rows, x_nV, target_nV, ids_nK, *grads)
 
+    def prepared(self, batch: PolicyBatch) -> PolicyBatch:
+        values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+        floats = {name: x.to(torch.float32) for name, x in values.items() if x is not None and name != "ids_NS"}
+        return PolicyBatch(**{name: x if x is None else floats.get(name, x).contiguous() for name, x in values.items()})
+
     def policy(
-        self, rows: slice, x_nV: Tensor, target_nV: Tensor | None, batch: PolicyBatch, settings: PolicyLossConfig
-    ) -> tuple[Tensor, Tensor | None]:
-        batch = batch.rows(rows)
-        slots = (batch.old_logprobs_NS, batch.advantages_NS)
-        vectors = (batch.token_weights_N, batch.candidate_weights_N, batch.ref_logprobs_N)
-        inf = float("inf")
-        metrics_nM = policy_rows(
+        self,
+        rows: slice,
+        x_nV: Tensor,
+        target_nV: Tensor | None,
+        batch: PolicyBatch,
+        settings: PolicyLossConfig,
+        metrics_nM: Tensor,
+    ) -> RowGradient | None:
+        per_row = (
+            batch.ids_NS,
+            batch.old_logprobs_NS,
+            batch.advantages_NS,
+            batch.token_weights_N,
+            batch.candidate_weights_N,
+            batch.ref_logprobs_N,
+        )
+        inf, known = float("inf"), batch.old_logprobs_NS is not None and not settings.entropy_coef
+        scale_n = metrics_nM.new_empty(len(x_nV)) if self.head.apart and target_nV is not None and known else None
+        policy_rows(
             x_nV,
             target_nV,
-            batch.ids_NS,
-            *(None if value is None else value.to(torch.float32) for value in (*slots, *vectors)),
+            *(None if value is None else value[rows] for value in per_row),
             alpha=settings.alpha,
             clip=Clip(settings.clip_low, settings.clip_high, settings.dual_clip or inf),
             candidate_clip=Clip(
@@ -100,9 +128,13 @@ class TritonRows:
             kl_coef=settings.kl_coef,
             kl_ratio=bool(settings.kl_ratio),
             entropy_coef=settings.entropy_coef,
+            metrics_NM=metrics_nM,
+            scale_N=scale_n,
             **self._options(rows),
         )
-        return metrics_nM, target_nV
+        if target_nV is None:
+            return None
+        return RowGradient(target_nV, None if scale_n is None else scale_n[:, None])
 
     def candidates(
         self, rows: slice, x_nV: Tensor, sampled_n: Tensor, k: int, threshold: float

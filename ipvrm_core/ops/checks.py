@@ -44,7 +44,7 @@ def check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], V: int, lik
         letters = ", ".join("K" if size is None else f"N = {size}" for size in shape)
         raise ValueError(f"{name} must be int64 [{letters}]; got {ids.dtype}, shape {tuple(ids.shape)}")
     _check_device(name, ids, like)
-    if _readable(ids) and ids.max() >= V:
+    if readable(ids) and ids.max() >= V:
         raise ValueError(f"{name} must be below V = {V}; got {int(ids.max())}")
 
 
@@ -60,9 +60,17 @@ def checked_transform(temperature: float | Tensor, softcap: float | None, N: int
         given = f"{temperature.dtype}, shape {tuple(temperature.shape)}"
         raise ValueError(f"temperature must be a number or floating point [N = {N}]; got {given}")
     _check_device("temperature", temperature, like)
-    if _readable(temperature) and not (temperature > 0).all():
+    if readable(temperature) and not (temperature > 0).all():
         raise ValueError(f"temperature must be > 0; got {temperature.min().item()}")
     return LogitTransform(1.0, temperature, softcap)
+
+
+def check_near(near: Tensor | None, N: int, like: Tensor) -> None:
+    """None, or floating point [N]; any values will do."""
+    if near is not None:
+        if near.shape != (N,) or not near.is_floating_point():
+            raise ValueError(f"near must be floating point [N = {N}]; got {near.dtype}, shape {tuple(near.shape)}")
+        _check_device("near", near, like)
 
 
 def check_rule(rule: dict, N: int, like: Tensor) -> None:
@@ -87,7 +95,7 @@ def checked_budget(max_buffer_bytes: int | None, device: torch.device) -> int:
     return max_buffer_bytes
 
 
-def _readable(x: Tensor) -> bool:
+def readable(x: Tensor) -> bool:
     """Whether looking at values is free, or asked for: on CPU, or anywhere inside `checked_values`."""
     return bool(x.numel()) and not torch.compiler.is_compiling() and (x.device.type == "cpu" or _check_values.get())
 

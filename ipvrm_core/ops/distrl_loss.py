@@ -34,6 +34,9 @@ def distrl_loss(
     It is kept from forward to backward: [N, D] and [V, D] in the dtypes of hidden and weight. Under activation
     checkpointing the forward runs twice, so leave the loss out of it.
 
+    Rows of weight 0 in both branches contribute nothing. On a CPU they do not enter the products; on a GPU that would
+    take a wait for their number, so leave them out beforehand: live = ~batch.masked_N, hidden[live], batch.rows(live).
+
     max_buffer_bytes bounds the private [rows, V] buffers, one row at least; None is the device's default.
     Raises ValueError for wrong shapes, dtypes or devices, for kl_coef > 0 without ref_logprobs_N and, on CPU, for
     ids >= V. Source: the paper's equations as given in reference/policy_loss.py.
@@ -70,6 +73,9 @@ def _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes, inplace
             raise ValueError(f"temperature must be 1 beside batch.temperatures_N; got {config.temperature}")
         batch = replace(batch, temperatures_N=batch.temperatures_N.masked_fill(batch.masked_N, 1.0))
         checks.checked_transform(batch.temperatures_N, None, N, hidden)
+    if weight is not None and checks.readable(batch.token_weights_N) and batch.masked_N.any():
+        live = (~batch.masked_N).nonzero()[:, 0]  # the others would be zeros in every product
+        hidden, batch = hidden[live], batch.rows(live)
     budget = checks.checked_budget(max_buffer_bytes, hidden.device)
     backend = resolve(backend, hidden, weight, bias)
     if backend == "reference":

@@ -15,6 +15,7 @@ def linear_logprobs(
     weight: Tensor,
     ids: Tensor,
     *,
+    near: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -27,36 +28,39 @@ def linear_logprobs(
     an input is. An id < 0 is padding: 0 and no gradient. Equal ids in a row add their gradients. N = 0 or K = 0 gives
     empty results. Differentiable in hidden, weight and bias through all three outputs; the backward computes the
     logits again (4 products with a trained head, 3 with a frozen one). temperature: a number, or one a row [N];
-    softcap c: the logits are first c tanh(x / c).
+    softcap c: the logits are first c tanh(x / c). near [N]: about log pi of ids[:, 0], as a sampler has it, NaN where
+    nobody knows; the Triton kernels then need no maximum, and results depend on it by their rounding alone.
 
     max_buffer_bytes bounds the private [rows, V] buffers, one row at least; None is the device's default. Extra memory
     is that, the gradients (float32 for weight), and a float32 weight where halves are upcast (see fused/README.md).
     Raises ValueError for wrong shapes, dtypes or devices, for temperature <= 0 and, on CPU, for ids >= V.
     """
-    return _run(hidden, weight, bias, ids, temperature, softcap, backend, max_buffer_bytes)
+    return _run(hidden, weight, bias, ids, near, temperature, softcap, backend, max_buffer_bytes)
 
 
 def logprobs_from_logits(
     logits: Tensor,
     ids: Tensor,
     *,
+    near: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     backend: str = "auto",
     max_buffer_bytes: int | None = None,
 ) -> LogProbs:
     """`linear_logprobs` of given logits [N, V], which stay as they are; the gradient is one [N, V] in their dtype."""
-    return _run(logits, None, None, ids, temperature, softcap, backend, max_buffer_bytes)
+    return _run(logits, None, None, ids, near, temperature, softcap, backend, max_buffer_bytes)
 
 
-def _run(hidden, weight, bias, ids, temperature, softcap, backend, max_buffer_bytes) -> LogProbs:
+def _run(hidden, weight, bias, ids, near, temperature, softcap, backend, max_buffer_bytes) -> LogProbs:
     N, V = checks.check_head(hidden, weight, bias)
     checks.check_ids("ids", ids, (N, None), V, hidden)
+    checks.check_near(near, N, hidden)
     transform = checks.checked_transform(temperature, softcap, N, hidden)
     budget = checks.checked_budget(max_buffer_bytes, hidden.device)
     backend = resolve(backend, hidden, weight, bias)
     if backend == "reference":
         logits = hidden if weight is None else head_logits(hidden, weight, bias)
         return reference(logits, ids, temperature=temperature, softcap=softcap)
-    *outputs, _ = fused(hidden, weight, bias, ids, *transform, budget, backend == "triton")
+    *outputs, _ = fused(hidden, weight, bias, ids, near, *transform, budget, backend == "triton")
     return LogProbs(*outputs)

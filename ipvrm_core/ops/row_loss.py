@@ -17,6 +17,7 @@ def row_loss(
     ids: Tensor,
     fn: RowFunction,
     *,
+    near: Tensor | None = None,
     bias: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
@@ -31,11 +32,14 @@ def row_loss(
     rows (not at all for N = 0; backend 'reference': once), so rows cannot depend on one another: for the ratio of a
     whole sequence take `linear_logprobs`.
 
+    near [N]: about log pi of ids[:, 0], as the sampler or the old policy has it. With it the Triton kernels visit the
+    logits once; results depend on it by their rounding alone, so it may be off, and NaN where nobody knows.
+
     The gradient flows into hidden, weight and bias, once (no second derivative), and is made in the forward: 2 products
     for a frozen weight, 3 with its gradient, where `linear_logprobs` takes 3 and 4. Raises ValueError as
     `linear_logprobs` does, and where fn returns something else or uses a tensor that requires grad.
     """
-    return _run(hidden, weight, bias, ids, fn, temperature, softcap, backend, max_buffer_bytes)
+    return _run(hidden, weight, bias, ids, fn, near, temperature, softcap, backend, max_buffer_bytes)
 
 
 def row_loss_from_logits(
@@ -43,18 +47,20 @@ def row_loss_from_logits(
     ids: Tensor,
     fn: RowFunction,
     *,
+    near: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     backend: str = "auto",
     max_buffer_bytes: int | None = None,
 ) -> Tensor:
     """`row_loss` of given logits [N, V], which stay as they are; the gradient is one [N, V] in their dtype."""
-    return _run(logits, None, None, ids, fn, temperature, softcap, backend, max_buffer_bytes)
+    return _run(logits, None, None, ids, fn, near, temperature, softcap, backend, max_buffer_bytes)
 
 
-def _run(hidden, weight, bias, ids, fn, temperature, softcap, backend, max_buffer_bytes) -> Tensor:
+def _run(hidden, weight, bias, ids, fn, near, temperature, softcap, backend, max_buffer_bytes) -> Tensor:
     N, V = checks.check_head(hidden, weight, bias)
     checks.check_ids("ids", ids, (N, None), V, hidden)
+    checks.check_near(near, N, hidden)
     transform = checks.checked_transform(temperature, softcap, N, hidden)
     budget = checks.checked_budget(max_buffer_bytes, hidden.device)
     backend = resolve(backend, hidden, weight, bias)
@@ -63,4 +69,4 @@ def _run(hidden, weight, bias, ids, fn, temperature, softcap, backend, max_buffe
         loss = called(fn, reference(logits, ids, temperature=temperature, softcap=softcap), slice(0, N))
         return loss.to(wide_dtype(hidden, weight, bias))
     need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    return RowLoss.apply(hidden, weight, bias, ids, fn, *transform, budget, backend == "triton", need)
+    return RowLoss.apply(hidden, weight, bias, ids, near, fn, *transform, budget, backend == "triton", need)

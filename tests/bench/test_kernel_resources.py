@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from triton.runtime import driver
 
-from ipvrm_core.bench.launches import BUDGETS, LAUNCHES, Budget, Shipped, policy
+from ipvrm_core.bench.launches import BUDGETS, LAUNCHES, Budget, Shipped, gradient, policy
 from ipvrm_core.bench.offline import TARGETS, compiling_for
 from ipvrm_core.bench.resources import compile_all, markdown, over_budget, programs_per_sm
 
@@ -28,6 +28,15 @@ def scale_by_sum(x, out, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
     values = tl.load(x + offsets)
     tl.store(out + offsets, values * tl.sum(values))
+
+
+@triton.jit
+def add_one(x, n, BLOCK: tl.constexpr):
+    for start in range(0, n, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        values = tl.load(x + offsets)
+        tl.debug_barrier()
+        tl.store(x + offsets, values + 1)
 
 
 def toy(block: int) -> Shipped:
@@ -44,6 +53,7 @@ def test_shipped_launch(shipped, target):
 
 BARRIER = r"bar\.sync|s_barrier"
 ONE_LOGIT = r"ld\.global\.b(16|32) |(global|buffer)_load_(dword|ushort) "
+ANY_STORE = r"st\.global|(global|buffer)_store"
 MANY_LOGITS = r"st\.global\.v4|(global|buffer)_store_dwordx4"
 
 
@@ -55,18 +65,52 @@ def barriers_before_the_first_store(assembly: str) -> int:
     return sum(bool(re.search(BARRIER, line)) for line in lines[gather:store])
 
 
+def barriers_before_the_last_store(assembly: str) -> int:
+    """Between the last store of a block of logits and the last store of all, which is that at ids."""
+    lines = assembly.splitlines()
+    block = max(i for i, line in enumerate(lines) if re.search(MANY_LOGITS, line))
+    last = max(i for i, line in enumerate(lines) if re.search(ANY_STORE, line))
+    assert last > block
+    return sum(bool(re.search(BARRIER, line)) for line in lines[block:last])
+
+
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_no_warp_writes_over_logits_that_another_has_yet_to_gather(dtype, target):
-    """Every warp gathers the logits at ids for itself, and `out` may be x; elsewhere nothing has to wait."""
-    x_NV = torch.empty(2, 8192, dtype=dtype)  # in memory: on the device meta all tensors have one address
+def test_where_threads_wait_for_one_another(dtype, target):
+    """Every warp gathers the logits at ids for itself, and `out` may be x; the columns at ids are written last."""
+    x_NV = torch.empty(2, 8192, dtype=dtype)
     with compiling_for(target) as kernels:
         policy(target, x_NV)
-        policy(target, x_NV, out_NV=torch.empty_like(x_NV))
-        policy(target, x_NV, narrowing=dtype == torch.float32)
-    in_place, apart, narrower = (barriers_before_the_first_store(kernel.assembly) for kernel in kernels)
-    assert (in_place, apart) == (1, 0)
-    assert narrower == (2 if dtype == torch.float32 else 1)
+        policy(target, x_NV, out=dtype)
+        gradient(target, x_NV)
+    before = [barriers_before_the_first_store(kernel.assembly) for kernel in kernels[:2]]
+    assert before == [1, 0]
+    assert all(barriers_before_the_last_store(kernel.assembly) for kernel in kernels)
+
+
+ONE_VISIT = [shipped for shipped in LAUNCHES if "one visit" in shipped.case and "options" not in shipped.case]
+
+
+@pytest.mark.parametrize("shipped", ONE_VISIT, ids=lambda shipped: shipped.case)
+def test_one_visit_moves_six_bytes_a_logit_and_waits_for_nothing(shipped):
+    """4 read of float32 and 2 written of bfloat16; what the times of docs/kernels.md are derived from."""
+    with compiling_for("sm_90") as kernels:
+        shipped.launch("sm_90")
+    loop = kernels[0].loops[0]
+    given = 2 if "bfloat16 to bfloat16" in shipped.case else 4
+    assert (loop.loaded, loop.stored, loop.barriers) == (given, 2, 0)
+    assert 6.5 <= loop.instructions <= 10.5
+
+
+def test_loops_are_counted_right():
+    """A loop of known content: a load and a store of 16 bytes for the 4 numbers of a thread."""
+    with compiling_for("sm_90") as kernels:
+        add_one[(1,)](torch.ones(4096), 4096, BLOCK=1024, num_warps=8)
+        scale_by_sum[(1,)](torch.ones(4096), torch.zeros(4096), BLOCK=4096, num_warps=4)
+    (loop,) = kernels[0].loops
+    assert (loop.loaded, loop.stored, loop.barriers) == (4, 4, 1)
+    assert 2 <= loop.instructions <= 8
+    assert kernels[1].loops == []
 
 
 def launched_names() -> set[str]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import ipvrm_core as ic
+from ipvrm_core.fused.policy_terms import policy_terms
 from ipvrm_core.kernels.candidates import candidate_rows, candidate_rows_kernel
 from ipvrm_core.kernels.logit_gradient import logit_gradient
 from ipvrm_core.kernels.logprobs import row_logprobs
@@ -64,7 +65,7 @@ def reference(function, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_logprobs(kind, V, device):
     x, ids = make_logits(kind, V, device), make_ids(V, device)
-    logprobs, lse, entropy, normalizer = row_logprobs(x, ids, temperature=0.7)
+    logprobs, lse, entropy, normalizer, _ = row_logprobs(x, ids, temperature=0.7)
     same, truth = reference(lambda z: ref_logprobs.logprobs_from_logits(z, ids.cpu(), temperature=0.7), x)
     for got, rough, exact in zip((logprobs, lse, entropy), same, truth, strict=True):
         close(got, rough, exact, 1e-6)
@@ -86,7 +87,7 @@ def test_td_errors(device):
 def test_any_number_of_ids(ids_per_row, device):
     V = 150
     x, ids = make_logits("flat", V, device), torch.randint(-1, V, (N, ids_per_row)).to(device)
-    logprobs, _, entropy, normalizer = row_logprobs(x, ids)
+    logprobs, _, entropy, normalizer, _ = row_logprobs(x, ids)
     c, g = torch.randn(N, ids_per_row).to(device), torch.randn(N).to(device)
     out = torch.empty_like(x)
     logit_gradient(x, out, ids, c, normalizer, entropy, grad_lse_N=g)
@@ -108,7 +109,7 @@ def test_any_number_of_ids(ids_per_row, device):
 def test_gradient(kind, V, device):
     x, ids = make_logits(kind, V, device), make_ids(V, device)
     c, g, e = torch.randn(N, K), torch.randn(N), torch.randn(N)
-    _, _, entropy, normalizer = row_logprobs(x, ids)
+    _, _, entropy, normalizer, _ = row_logprobs(x, ids)
     out = torch.empty_like(x)
     grads = {"grad_lse_N": g.to(device), "grad_entropy_N": e.to(device)}
     logit_gradient(x, out, ids, c.to(device), normalizer, entropy, **grads)
@@ -131,7 +132,10 @@ def make_batch(V: int, device, rows: int = N) -> ic.PolicyBatch:
     return ic.PolicyBatch(ids, old, advantages, *weights, old[:, 0])
 
 
-def run_policy(x: Tensor, out: Tensor | None, batch: ic.PolicyBatch) -> Tensor:
+def run_policy(
+    x: Tensor, out: Tensor | None, batch: ic.PolicyBatch, scale: Tensor | None = None, entropy: float = 0.3
+) -> Tensor:
+    """With a scale: in one visit, which makes no entropy gradient."""
     return policy_rows(
         x,
         out,
@@ -145,7 +149,8 @@ def run_policy(x: Tensor, out: Tensor | None, batch: ic.PolicyBatch) -> Tensor:
         clip=CLIP,
         candidate_clip=CLIP,
         kl_coef=CONFIG.kl_coef,
-        entropy_coef=CONFIG.entropy_coef,
+        entropy_coef=entropy if scale is None else 0.0,
+        scale_N=scale,
     )
 
 
@@ -176,23 +181,93 @@ def test_policy_rows(kind, V, device):
     assert (out[4] == 0).all()  # both weights are 0
 
 
-def test_float32_logits_become_a_bfloat16_gradient_in_their_own_memory(device):
-    """The interpreter cuts to bfloat16 instead of rounding, so the bound is a whole unit of the last place."""
-    V = 1000
-    x, batch = make_logits("peaked", V, device), make_batch(V, device)
-    ids = batch.ids_NS
-    apart, c = torch.empty_like(x), torch.randn(N, K).to(device)
-    run_policy(x, apart, batch)
-    shared = x.clone()
-    narrow = shared.view(torch.bfloat16)[:, :V]
-    run_policy(shared, narrow, batch)
-    torch.testing.assert_close(narrow.float(), apart, rtol=2**-7, atol=1e-30)
-    _, _, entropy, normalizer = row_logprobs(x, ids)
-    logit_gradient(x, apart, ids, c, normalizer, entropy)
-    shared = x.clone()
-    narrow = shared.view(torch.bfloat16)[:, :V]
-    logit_gradient(shared, narrow, ids, c, normalizer, entropy)
-    torch.testing.assert_close(narrow.float(), apart, rtol=2**-7, atol=1e-30)
+NEAR = {"exact": 0.0, "15 nats below": -15.0, "15 nats above": 15.0, "of another world": -1e3, "positive": 1e3}
+
+
+@pytest.mark.parametrize("V", [1, 128, 257])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("near", [*NEAR, "unknown"])
+def test_one_visit(near, kind, V, device):
+    """Where log p of one token is known beforehand, rightly or not: the same statistics, and the whole gradient."""
+    x, ids = make_logits(kind, V, device), make_ids(V, device)
+    ids[2, 0] = -1
+    logp = row_logprobs(x, ids)[0][:, 0]
+    given = torch.full_like(logp, math.nan) if near == "unknown" else logp + NEAR[near]
+    out = torch.full_like(x, math.nan)
+    logprobs, lse, entropy, normalizer, total = row_logprobs(x, ids, near_N=given, out_NV=out)
+    # About exp(near - log p) for a near in [-20, 0], which may be too much of a sum; e^-20 is the least.
+    shift = (given.clamp(-20, 0) - logp).masked_fill(ids[:, 0] < 0, math.nan)
+    assert ((total > 0) == (shift < 40 * math.log(2))).all()
+    torch.testing.assert_close(total.log()[total > 0], shift[total > 0], rtol=1e-4, atol=1e-4)
+    c, g = torch.randn(N, K).to(device), torch.randn(N).to(device)
+    c[3], g[3] = 0.0, 0.0
+    scale = logit_gradient(x, out, ids, c, normalizer, entropy, total_N=total, grad_lse_N=g)
+
+    def function(z):
+        z.requires_grad_()
+        rows = ref_logprobs.logprobs_from_logits(z, ids.cpu())
+        (dz,) = torch.autograd.grad((rows.logprobs_NK * c.cpu()).sum() + (rows.lse_N * g.cpu()).sum(), z)
+        return [rows.logprobs_NK, rows.lse_N, rows.entropy_N, dz]
+
+    same, truth = reference(function, x)
+    # log p is a difference of two numbers of the size of the shift.
+    size = max(1.0, shift.nan_to_num(0.0, posinf=0.0, neginf=0.0).clamp(-20, 30).abs().max().item())
+    for got, rough, exact in zip((logprobs, lse, entropy, scale[:, None] * out), same, truth, strict=True):
+        close(got, rough, exact, 1e-6 * size)
+
+
+def test_an_entropy_or_a_coefficient_that_is_all_there_is(device):
+    """Coefficients that cancel, to nothing or nearly, and one below what float32 can divide by: written whole."""
+    V = 300
+    x, ids = make_logits("flat", V, device, rows=4), make_ids(V, device, rows=4).clamp(min=0)
+    c = torch.zeros(4, K)
+    c[0, :2] = torch.tensor([1.0, -1.0])
+    c[1, :2] = torch.tensor([1e20, 1.0])
+    c[1, 2] = -1e20
+    c[2, 0] = 1e-35
+    c[3, 0] = 0.25
+    near, out = row_logprobs(x, ids)[0][:, 0], torch.empty_like(x)
+    *_, entropy, normalizer, total = row_logprobs(x, ids, near_N=near, out_NV=out)
+    scale = logit_gradient(x, out, ids, c.to(device), normalizer, entropy, total_N=total)
+    assert (scale[:3] == 1).all()
+    assert scale[3] != 1
+    whole = torch.empty_like(x)
+    logit_gradient(x, whole, ids, c.to(device), normalizer, entropy)
+    assert torch.equal(out[:3], whole[:3])
+    torch.testing.assert_close(scale[3] * out[3], whole[3], rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("V", [2, 129, 1000])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("far", [0.0, 30.0, -30.0])
+def test_policy_rows_in_one_visit(far, kind, V, device):
+    """Like two visits, also where the old log-probs are far off, or NaN where a weight of 0 lets them."""
+    x, batch = make_logits(kind, V, device), make_batch(V, device)
+    near, *_ = row_logprobs(x, batch.ids_NS)
+    batch.old_logprobs_NS.copy_((near + 0.3 * torch.randn(N, K).to(device) + far).clamp(max=0))
+    batch.old_logprobs_NS[2, 0] = math.nan  # of weight 0, while the candidates of that row count
+    x[4] = math.nan
+    out, scale = torch.full_like(x, math.nan), torch.empty(N, device=device)
+    metrics = run_policy(x, out, batch, scale)
+    whole = torch.empty_like(x)
+    torch.testing.assert_close(metrics, run_policy(x, whole, batch, entropy=0.0), rtol=2e-5, atol=2e-5)
+    got = scale[:, None] * out
+    # c (1 - p) at p = 1 is all rounding: that of log p, a difference of numbers of the size of the shift.
+    c = policy_terms(near, torch.zeros(N, device=device), batch, replace(CONFIG, entropy_coef=0.0)).c_NS
+    bound = 1e-5 * whole.abs().amax(1) + 2e-7 * (1 + abs(far)) * c.abs().sum(1)
+    assert ((got - whole).abs() <= bound[:, None]).all()
+    assert (got[4] == 0).all()
+
+
+def test_a_gradient_in_bfloat16(device):
+    """Rounded to nearest where it is stored: half a unit of the last place."""
+    x, batch = make_logits("peaked", 1000, device), make_batch(1000, device)
+    wide, narrow = torch.empty_like(x), torch.empty_like(x, dtype=torch.bfloat16)
+    scales = torch.empty(2, N, device=device)
+    run_policy(x, wide, batch, scales[0])
+    run_policy(x, narrow, batch, scales[1])
+    assert torch.equal(scales[0], scales[1])
+    assert torch.equal(narrow, wide.bfloat16())
 
 
 def test_in_place_is_the_same(device):
@@ -207,7 +282,7 @@ def test_in_place_is_the_same(device):
 def test_half_precision_logits_are_read_exactly(dtype, device):
     x, batch = make_logits("flat", 300, device).to(dtype), make_batch(300, device)
     assert torch.equal(run_policy(x, None, batch), run_policy(x.float(), None, batch))
-    assert all(map(torch.equal, row_logprobs(x, batch.ids_NS), row_logprobs(x.float(), batch.ids_NS)))
+    assert all(map(torch.equal, row_logprobs(x, batch.ids_NS)[:4], row_logprobs(x.float(), batch.ids_NS)[:4]))
 
 
 def test_rows_apart_in_memory_leave_what_lies_between(device):
@@ -365,6 +440,6 @@ def test_the_same_bits_twice(device):
 
 def test_no_rows(device):
     x, ids = torch.empty(0, 50, device=device), torch.empty(0, K, dtype=torch.int64, device=device)
-    assert [tuple(y.shape) for y in row_logprobs(x, ids)] == [(0, K), (0,), (0,), (0, 2)]
+    assert [tuple(y.shape) for y in row_logprobs(x, ids)[:4]] == [(0, K), (0,), (0,), (0, 2)]
     assert [len(y) for y in candidate_rows(x, ids[:, 0], 10, threshold=math.log(0.1))] == [0] * 5
     rescale(x, torch.ones((), device=device))

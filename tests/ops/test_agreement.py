@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 import ipvrm_core as ic
-from ipvrm_core.dispatch import why_no_triton
 from ipvrm_core.reference import logprobs as ref_logprobs
 from tests.ops.problems import (
     CONFIGS,
@@ -212,28 +211,6 @@ def test_a_row_does_not_depend_on_the_other_rows():
     first, second = (ic.linear_logprobs(h, problem.weight, problem.batch.ids_NS) for h in (problem.hidden, other))
     for a, b in zip(first, second, strict=True):
         assert torch.equal(a[0], b[0])
-
-
-@pytest.mark.skipif(why_no_triton(torch.empty(0)) is not None, reason="the chunks of torch rows depend on N")
-def test_a_row_does_not_depend_on_the_size_of_the_batch():
-    """Chunks have one padded shape: whatever follows it, a row has the same bits.
-
-    Pieces begin at chunk borders: that a row's place in its product does not matter either is cuBLAS's to promise, and
-    bench/invariants.py looks there; MKL's kernels treat the last rows of a small product differently.
-    """
-    problem = make_problem(40, 16, 301, 5)
-    options = {"max_buffer_bytes": 4 * 301 * 7}
-    config = ic.PolicyLossConfig(entropy_coef=0.1)
-
-    def run(rows):
-        hidden = problem.hidden.detach()[rows].requires_grad_()
-        found = ic.linear_logprobs(hidden, problem.weight.detach(), problem.batch.ids_NS[rows], **options)
-        loss = ic.distrl_loss(hidden, problem.weight.detach(), problem.batch.rows(rows), config, **options).loss
-        return [*found, *torch.autograd.grad(loss, hidden)]
-
-    whole = run(slice(0, 40))
-    for rows in (slice(0, 1), slice(0, 6), slice(35, 36), slice(7, 29)):
-        assert all(torch.equal(part, full[rows]) for part, full in zip(run(rows), whole, strict=True))
 
 
 def test_pieces_add_up_to_the_whole():
