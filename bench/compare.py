@@ -46,7 +46,7 @@ class Run:
 
     @property
     def dtype(self) -> torch.dtype:
-        """bfloat16, as in training; float32 on a CPU, where the interpreter rounds bfloat16 wrongly."""
+        """bfloat16, as in training; float32 on a CPU, whose products of bfloat16 have no float32 result."""
         return torch.bfloat16 if self.device.type == "cuda" else torch.float32
 
     def measure(self, functions: dict[str, Callable[[], object]]) -> dict[str, dict]:

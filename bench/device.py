@@ -1,8 +1,9 @@
 """Time and memory on a GPU; on a CPU (toy runs) the wall time of one call, cold and hot alike, and no memory.
 
 Time: CUDA events around a call. Every call is measured twice in a row: `cold`, after a write over a buffer several
-times the L2 cache, and `hot`, right behind it. Nothing waits between the flush and the calls, so the host's launches
-run ahead of the device. The functions take turns, round after round, so that a change of clocks meets all of them.
+times the L2 cache, and `hot`, right behind it. Before that the device sleeps while the host issues both calls, so that
+none of its time is between the events. The functions take turns, round after round, so that a change of clocks meets
+all of them.
 
 Memory: torch.cuda.max_memory_allocated over one call, less what was allocated before it. Outputs and gradients count.
 """
@@ -15,6 +16,7 @@ from collections.abc import Callable
 import torch
 
 FLUSH_BYTES = 256 << 20  # L2 of an H200: 60 MB
+SLEEP_CYCLES = 10_000_000  # 5 ms at 2 GHz: longer than the Python of two calls of a loss
 WARM_UPS, WARM_UP_SECONDS = 20, 0.3  # calls before measuring, fewer of slow functions
 ROUNDS, LEAST_ROUNDS = 50, 5
 
@@ -40,6 +42,7 @@ class Meter:
             milliseconds = (time.perf_counter() - begun) * 1e3
             return milliseconds, milliseconds
         start, middle, end = (torch.cuda.Event(enable_timing=True) for _ in range(3))
+        torch.cuda._sleep(SLEEP_CYCLES)
         self._flush.zero_()
         start.record()
         function()

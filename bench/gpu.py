@@ -1,9 +1,9 @@
 """`python -m ipvrm_core.bench.gpu --json out.json --markdown out.md`: correctness on the GPU, then the benchmark.
 
-The JSON is written after every section, the Markdown at the end. The exit status is 1 when a check failed, the library
-raised or was wrong, or a section broke; failing peers are recorded and change nothing. Sections, most important first:
-rates, correctness, loss, step, logits, largest, tuning, rows, vocabularies, variants, memcheck. Each has a share of
---minutes, what one leaves goes to the next, and what no time is left for is recorded as such.
+The JSON and the Markdown are written after every row, so that a timeout loses nothing. The exit status is 1 when a
+check failed, the library raised or was wrong, or a section broke; failing peers are recorded and change nothing.
+Sections, most important first: rates, correctness, loss, step, logits, largest, tuning, rows, vocabularies, variants,
+memcheck. Each has a share of --minutes, what one leaves goes to the next, and what no time is left for is recorded.
 
 --toy: tiny sizes, on a GPU or on the CPU with TRITON_INTERPRET=1, to see that the command runs. Its times say nothing.
 """
@@ -76,33 +76,32 @@ def main(arguments: list[str] | None = None) -> int:
         for name in args.only:
             spent += SECTIONS[name][1]
             run.deadline = start + 60 * args.minutes * spent / total
-            report["sections"][name] = run_section(name, run, clocks)
-            report["seconds"] = time.monotonic() - start
-            save(report, args.json)
+            for section in run_section(name, run, clocks):
+                report["sections"][name], report["seconds"] = section, time.monotonic() - start
+                save(report, args)
     finally:
         clocks.close()
-    text = markdown(report)
-    print(text)
-    if args.markdown:
-        args.markdown.write_text(text + "\n")
+    print(markdown(report))
     faults = failures(report)
     print(*faults, sep="\n", file=sys.stderr)
     return 1 if faults else 0
 
 
-def run_section(name: str, run: Run, clocks: ClockLog) -> dict:
-    """{"status": done | failed, "seconds", "clocks", "rows"}; the rows made before a failure are kept."""
+def run_section(name: str, run: Run, clocks: ClockLog) -> Iterator[dict]:
+    """{"status": running, then done | failed, "seconds", "rows"} after every row; those before a failure are kept."""
     print(f"{name} ...", file=sys.stderr, flush=True)
-    begun, result = time.monotonic(), {"status": "done", "rows": []}
+    begun, result = time.monotonic(), {"status": "running", "reason": "cut off", "rows": []}
     try:
         for row in SECTIONS[name][0](run):
             seen = clocks.summary()
             result["rows"].append(row | ({"clocks": seen} if seen else {}))
+            yield result | {"seconds": time.monotonic() - begun}
+        result = {"status": "done", "rows": result["rows"]}
     except Exception as error:  # recorded, shown, and in the exit status; the other sections still run
         traceback.print_exc()
         result |= {"status": "failed", "reason": describe(error)}
     run.meter.release()
-    return result | {"seconds": time.monotonic() - begun}
+    yield result | {"seconds": time.monotonic() - begun}
 
 
 def failures(report: dict) -> list[str]:
@@ -140,9 +139,13 @@ def peer_facts(device: torch.device) -> list[dict]:
     ]
 
 
-def save(report: dict, path: Path | None) -> None:
-    if path is not None:
-        path.write_text(json.dumps(report, indent=1) + "\n")
+def save(report: dict, args: argparse.Namespace) -> None:
+    """Each file whole or as it was: a timeout may come at any moment."""
+    for path, text in ((args.json, json.dumps(report, indent=1)), (args.markdown, markdown(report))):
+        if path is not None:
+            part = path.with_name(path.name + ".part")
+            part.write_text(text + "\n")
+            part.replace(path)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

@@ -24,7 +24,7 @@ from ipvrm_core.kernels.policy_rows import Clip, policy_rows
 LAUNCHES = tuple(
     Launch(*pair) for pair in ((1024, 4), (2048, 4), (2048, 8), (4096, 8), (4096, 16), (8192, 16), (8192, 32))
 )
-BUDGETS_MIB = (128, 256, 416, 768, 1536, 3072)
+BUDGETS_MIB = (223, 334, 446, 557, 668, 892, 1783, 3565)  # 256, 384, 512, 640, 768, 1024, 2048 and 4096 rows of Qwen3
 TOY_BUDGETS_MIB = (128, 256)
 UNCLIPPED = Clip(1.0, inf, inf)  # a clipped row would not be read a second time
 K = 11
@@ -56,27 +56,36 @@ def section(run: Run) -> Iterator[dict]:
 
 
 def row_kernels(x_nV: Tensor) -> dict[str, tuple[Callable[..., object], int]]:
-    """Name -> (function of `launch`, least bytes). The policy kernel writes over its logits, in bfloat16."""
+    """Name -> (function of `launch`, least bytes). The policy kernel writes bfloat16, in one visit and in two."""
     n, V = x_nV.shape
     ids_nK = torch.randint(V, (n, K), device=x_nV.device)
     ones_nK, weights_n = torch.ones(n, K, device=x_nV.device), torch.full((n,), 1 / n, device=x_nV.device)
+    out_nV = torch.empty_like(x_nV, dtype=torch.bfloat16)
+    near_nK = row_logprobs(x_nV, ids_nK)[0]
     policy = partial(
-        policy_rows, x_nV, x_nV.view(torch.bfloat16)[:, :V], ids_nK, -ones_nK, ones_nK, weights_n, weights_n, None,
+        policy_rows, x_nV, out_nV, ids_nK, near_nK, ones_nK, weights_n, weights_n, None,
         alpha=0.1, clip=UNCLIPPED, candidate_clip=UNCLIPPED,
     )  # fmt: skip
+    one_visit = partial(policy, scale_N=torch.empty_like(weights_n))
     return {
         "candidates": (partial(candidate_rows, x_nV, ids_nK[:, 0], 10, threshold=log(0.1)), x_nV.nbytes),
         "log-probs": (partial(row_logprobs, x_nV, ids_nK), x_nV.nbytes),
-        "policy": (policy, x_nV.nbytes + 2 * n * V),  # last: it destroys the logits
+        "log-probs, near known": (partial(row_logprobs, x_nV, ids_nK, near_N=near_nK[:, 0]), x_nV.nbytes),
+        "policy, one visit": (one_visit, x_nV.nbytes + out_nV.nbytes),
+        "policy, two visits": (policy, x_nV.nbytes + out_nV.nbytes),
     }
 
 
 def budgets(run: Run) -> Iterator[dict]:
     """distrl_loss on a frozen head."""
-    model = "Qwen3-8B"
-    if run.late():
-        yield {"case": "max_buffer_bytes", "skipped": "no time left"}
-        return
+    for model in ("Qwen3-8B", "Qwen3-0.6B"):
+        if run.late():
+            yield {"case": f"max_buffer_bytes, {model} frozen", "skipped": "no time left"}
+        else:
+            yield from _budgets(run, model)
+
+
+def _budgets(run: Run, model: str) -> Iterator[dict]:
     problem = make_problem(Setting(model, (TOY_HEADS if run.toy else HEADS)[model]), run.device, run.dtype)
 
     def loss(mib: int) -> list[Tensor]:
@@ -87,4 +96,4 @@ def budgets(run: Run) -> Iterator[dict]:
 
     budgets_mib = TOY_BUDGETS_MIB if run.toy else BUDGETS_MIB
     for mib, row in run.measure({mib: partial(loss, mib) for mib in budgets_mib}).items():
-        yield {"case": "max_buffer_bytes, Qwen3-8B frozen", "provider": f"{mib} MiB", **row}
+        yield {"case": f"max_buffer_bytes, {model} frozen", "provider": f"{mib} MiB", **row}

@@ -16,6 +16,7 @@ if not (_here / "kernels").is_dir() and (_here.parent / "setup.py").is_file():
 
 if TYPE_CHECKING:  # what type checkers and editors read; _EXPORTS says the same at run time, and a test that both agree
     from ipvrm_core.credit import distrl_advantages as distrl_advantages
+    from ipvrm_core.fused.shard import VocabularyShard as VocabularyShard
     from ipvrm_core.heads import Head as Head
     from ipvrm_core.heads import at_forward as at_forward
     from ipvrm_core.heads import attach as attach
@@ -107,6 +108,7 @@ _EXPORTS = {
         "repirl_weights",
     ),
     "sequences.values": ("mean_prefix_values", "prefix_values"),
+    "fused.shard": ("VocabularyShard",),
     "types": ("Candidates", "LogProbs", "PolicyBatch", "PolicyLossConfig", "PolicyLossOutput"),
 }
 _HOMES = {name: home for home, names in _EXPORTS.items() for name in names}

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ipvrm_core.kernels.launch import Launch, architecture_of, contiguous, row_launch
-from ipvrm_core.kernels.softmax import load_logits, row_statistics
+from ipvrm_core.kernels.softmax import load_logits, logit_of, row_statistics
 
 
 @triton.jit
@@ -26,6 +26,7 @@ def row_logprobs_kernel(
     K,
     p_ids,
     p_near,
+    p_reference,
     p_old,
     p_temperature,
     p_logprobs,
@@ -41,6 +42,7 @@ def row_logprobs_kernel(
     CAPPED: tl.constexpr,
     ROW_TEMPERATURE: tl.constexpr,
     KNOWN: tl.constexpr,
+    GIVEN: tl.constexpr,
     STORE: tl.constexpr,
     TD: tl.constexpr,
 ):
@@ -49,11 +51,15 @@ def row_logprobs_kernel(
     p_out_row = p_out + i_n * stride_out
     if ROW_TEMPERATURE:
         inv_temperature = 1 / tl.load(p_temperature + i_n)
-    token, near = tl.full([], -1, tl.int64), tl.zeros([], tl.float32)
+    known, reference, near = tl.full([], False, tl.int1), tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     if KNOWN:
-        token, near = tl.load(p_ids + i_n * K), tl.load(p_near + i_n).to(tl.float32)
+        near = tl.load(p_near + i_n).to(tl.float32)
+        if GIVEN:
+            known, reference = True, tl.load(p_reference + i_n)
+        else:
+            known, reference = logit_of(p_row, tl.load(p_ids + i_n * K), V, cap, CAPPED)
     shift, log_sum, entropy, total = row_statistics(
-        p_row, p_out_row, V, token, near, inv_temperature, cap, BLOCK, CAPPED, KNOWN, STORE
+        p_row, p_out_row, V, known, reference, near, inv_temperature, cap, BLOCK, CAPPED, KNOWN, STORE
     )
     tl.store(p_lse + i_n, shift * inv_temperature + log_sum)
     tl.store(p_normalizer + 2 * i_n, shift)
@@ -79,6 +85,7 @@ def row_logprobs(
     ids_NK: Tensor,
     *,
     near_N: Tensor | None = None,
+    reference_N: Tensor | None = None,
     out_NV: Tensor | None = None,
     temperature: float = 1.0,
     temperatures_N: Tensor | None = None,
@@ -90,13 +97,13 @@ def row_logprobs(
     """(log p at ids [N, K], or delta if the old ones are given; LSE; entropy; (shift, log s) [N, 2]; total), float32.
 
     x [N, V] of stride 1 within a row; ids [N, K] int64, < 0 is padding (0 comes out), >= V gives NaN. near [N]: about
-    log p of ids[:, 0], NaN where nobody knows; results do not depend on it beyond their rounding. out [N, V], apart
-    from x, receives the exponentials for `logit_gradient`, and total their sum, 0 in rows where it has none; without
-    `near` and `out` there is no total.
+    log p of ids[:, 0], or of a token with the logit `reference` [N]; NaN where nobody knows; results do not depend on
+    it beyond their rounding. out [N, V], apart from x, receives the exponentials for `logit_gradient`, and total their
+    sum, 0 in rows where it has none; without `near` and `out` there is no total.
     """
     N, V, K = *x_NV.shape, ids_NK.shape[1]
     launch = launch or row_launch(architecture_of(x_NV.device), x_NV.element_size(), V)
-    known = near_N is not None and K > 0
+    known = near_N is not None and (K > 0 or reference_N is not None)
     store = known and out_NV is not None
     logprobs_NK, lse_N, entropy_N, normalizer_N2, total_N = (
         torch.empty(shape, dtype=torch.float32, device=x_NV.device) for shape in ((N, K), (N,), (N,), (N, 2), (N,))
@@ -110,7 +117,7 @@ def row_logprobs(
             target_NV.stride(0),
             V,
             K,
-            *contiguous(ids_NK, near_N, old_logprobs_NK, temperatures_N),
+            *contiguous(ids_NK, near_N, reference_N, old_logprobs_NK, temperatures_N),
             logprobs_NK,
             lse_N,
             normalizer_N2,
@@ -124,6 +131,7 @@ def row_logprobs(
             CAPPED=softcap is not None,
             ROW_TEMPERATURE=temperatures_N is not None,
             KNOWN=known,
+            GIVEN=reference_N is not None,
             STORE=store,
             TD=old_logprobs_NK is not None,
             num_warps=launch.num_warps,

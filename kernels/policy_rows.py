@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ipvrm_core.kernels.launch import Launch, architecture_of, contiguous, row_launch
 from ipvrm_core.kernels.logit_gradient import in_place, row_scale, sum_at_ids, value_at_ids, write_all
-from ipvrm_core.kernels.softmax import load_logits, row_statistics
+from ipvrm_core.kernels.softmax import load_logits, logit_of, row_statistics
 
 LOG_RATIO_LIMIT = tl.constexpr(40.0)  # that of ipvrm_core.types
 METRICS = 8  # loss_sampled, loss_candidates, clip_fraction, candidate_clip_fraction, ratio, kl_old, kl_ref, entropy
@@ -84,11 +84,12 @@ def policy_rows_kernel(
     live = (weight != 0) | (candidate_weight != 0)
     V_live = tl.where(live, V, 0)
     p_out_row = p_out + i_n * stride_out
-    token, near = tl.full([], -1, tl.int64), tl.zeros([], tl.float32)
+    known, reference, near = tl.full([], False, tl.int1), tl.zeros([], tl.float32), tl.zeros([], tl.float32)
     if not ON_POLICY:
-        token, near = tl.load(p_ids + i_n * K), tl.load(p_old + i_n * K)
+        near = tl.load(p_old + i_n * K)
+        known, reference = logit_of(p_row, tl.load(p_ids + i_n * K), V_live, cap, CAPPED)
     shift, log_sum, entropy, total = row_statistics(
-        p_row, p_out_row, V_live, token, near, inv_temperature, cap, BLOCK, CAPPED, not ON_POLICY, STORE
+        p_row, p_out_row, V_live, known, reference, near, inv_temperature, cap, BLOCK, CAPPED, not ON_POLICY, STORE
     )
     shift, log_sum, total = tl.where(live, shift, 0.0), tl.where(live, log_sum, 0.0), tl.where(live, total, 0.0)
 

@@ -131,11 +131,20 @@ def known_softmax(
 
 
 @triton.jit
+def logit_of(p_row, token, V, cap, CAPPED: tl.constexpr):
+    """(whether there is such a token, its y or 0)."""
+    there = (token >= 0) & (token < V)
+    o_token = tl.zeros([1], tl.int64) + tl.where(there, token, V)
+    return there, tl.where(there, tl.sum(load_logits(p_row, o_token, V, cap, CAPPED), 0), 0.0)
+
+
+@triton.jit
 def row_statistics(
     p_row,
     p_out_row,
     V,
-    token,
+    known,
+    reference,
     near,
     inv_temperature,
     cap,
@@ -146,14 +155,12 @@ def row_statistics(
 ):
     """(shift, log s, entropy, total) of a row; total is 0 where `out` does not hold e of that sum.
 
-    KNOWN: `near` is about log p of `token`; one visit then. Where it is NaN, where there is no token, and where it was
-    wrong by so much that the sum does not serve, the row is visited (again) as if nothing were known.
+    KNOWN: `near` is about log p of a token with the logit `reference`; one visit then. In rows where it is not known,
+    or NaN, or wrong by so much that the sum does not serve, the row is visited (again) as if nothing were known.
     """
     if KNOWN:
-        known = (token >= 0) & (token < V) & (near == near)
+        known &= near == near
         near = tl.minimum(tl.maximum(tl.where(known, near, 0.0), LEAST_NEAR), 0.0)
-        o_token = tl.zeros([1], tl.int64) + tl.where(known, token, V)
-        reference = tl.where(known, tl.sum(load_logits(p_row, o_token, V, cap, CAPPED), 0), 0.0)
         total, log_sum, entropy = known_softmax(
             p_row, p_out_row, tl.where(known, V, 0), reference, near, inv_temperature, cap, BLOCK, CAPPED, STORE
         )

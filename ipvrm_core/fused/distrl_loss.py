@@ -16,6 +16,7 @@ from torch import Tensor
 from ipvrm_core.fused.head import HeadGradients, empty_gradients, wide_dtype
 from ipvrm_core.fused.policy_terms import total_loss
 from ipvrm_core.fused.rows import row_work
+from ipvrm_core.fused.shard import VocabularyShard, unpacked
 from ipvrm_core.fused.transform import LogitTransform
 from ipvrm_core.fused.upstream import times_upstream
 from ipvrm_core.types import METRICS, PolicyBatch, PolicyLossConfig
@@ -48,12 +49,13 @@ def _sweep(
     triton: bool,
     need: list[bool],
     into: Tensor | None,
+    shard: VocabularyShard | None = None,
 ) -> tuple[Tensor, Tensor, HeadGradients]:
     batch_N, settings = _unpack(batch, config)
     transform = LogitTransform(settings.temperature, batch_N.temperatures_N, settings.softcap)
-    options = {"masked_N": batch_N.masked_N, "with_gradient": any(need)}
+    options = {"masked_N": batch_N.masked_N, "with_gradient": any(need), "shard": shard}
     work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, **options)
-    gradients, batch_N = HeadGradients(work.head, need, into), work.prepared(batch_N)
+    gradients, batch_N = HeadGradients(work.head, need, into, shard), work.prepared(batch_N)
     metrics_NM = hidden.new_empty(hidden.shape[0], len(METRICS), dtype=work.head.wide)
     for rows, x_nV in work.head.chunks():
         target_nV = gradients.target(rows, x_nV) if any(need) else None
@@ -71,6 +73,7 @@ def distrl_loss(
     bias: Tensor | None,
     batch: list[Tensor],
     config: list[float],
+    shard: str,
     max_buffer_bytes: int,
     triton: bool,
     need: list[bool],
@@ -80,12 +83,13 @@ def distrl_loss(
     hidden [N, D], weight [V, D], bias [V]; with weight=None `hidden` is x [N, V]. batch, config: `pack_batch` and
     `pack_config`. need = (h, W, b): which gradients to make; the others come back empty.
     """
-    loss, metrics_M, gradients = _sweep(hidden, weight, bias, batch, config, max_buffer_bytes, triton, need, None)
+    given = (hidden, weight, bias, batch, config, max_buffer_bytes, triton, need)
+    loss, metrics_M, gradients = _sweep(*given, None, unpacked(shard))
     return loss, metrics_M, *gradients.result(hidden, weight, bias)
 
 
 @distrl_loss.register_fake
-def _(hidden, weight, bias, batch, config, max_buffer_bytes, triton, need):
+def _(hidden, weight, bias, batch, config, shard, max_buffer_bytes, triton, need):
     return *_empty_values(hidden, weight, bias), *empty_gradients(hidden, weight, bias, need)
 
 
@@ -102,7 +106,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_loss, *_):
-    return *times_upstream(ctx, grad_loss), [None] * ctx.n_batch, None, None, None, None
+    return *times_upstream(ctx, grad_loss), [None] * ctx.n_batch, *[None] * 5
 
 
 distrl_loss.register_autograd(_backward, setup_context=_setup_context)

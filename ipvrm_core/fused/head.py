@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ipvrm_core.fused.shard import VocabularyShard
+
 # Bytes for the private [n, V] buffers of one call. CPU: where the sweep of bench/cpu.py turns flat. CUDA: 384 rows of a
 # 150k vocabulary with their gradient, 640 without, which with dh stays under 0.5 GB at N = 8192, D = 4096. From 256
 # rows on a product is bound by arithmetic on an H100 or H200 whatever D is (n flops a byte of W against 167 to 240), so
@@ -53,7 +55,8 @@ class Head:
     apart: the gradient gets a buffer of its own beside x, in the type of the products, and products are padded to
     multiples of 128 rows. Otherwise x becomes its gradient in place.
 
-    masked_N [N] bool: rows that are taken as zeros, whatever they hold (for dW that is 0 * NaN).
+    masked_N [N] bool: rows that are taken as zeros, whatever they hold (for dW that is 0 * NaN). widest: the columns of
+    the rank that has the most, where V are those of one rank: all of them take equally many rows.
 
     bfloat16 on CUDA multiplies in tensor cores into float32, or into bfloat16 with `narrow_logits`. Any other
     half-precision weight is upcast once a call (V * D * 4 bytes): CPU products have no float32 output, and float16
@@ -71,6 +74,7 @@ class Head:
         apart: bool = False,
         with_gradient: bool = False,
         masked_N: Tensor | None = None,
+        widest: int | None = None,
     ) -> None:
         self.N, self.V = hidden.shape[0], (hidden if weight is None else weight).shape[-1 if weight is None else 0]
         self.wide = wide_dtype(hidden, weight, bias)
@@ -83,7 +87,7 @@ class Head:
         if self.apart and with_gradient:
             extra_bytes_per_logit += self.product.itemsize
         most = min(self.N, _MOST_ROWS) if self.apart else self.N
-        self.n = rows_per_chunk(most, self.V, self.wide.itemsize + extra_bytes_per_logit, buffer_bytes)
+        self.n = rows_per_chunk(most, widest or self.V, self.wide.itemsize + extra_bytes_per_logit, buffer_bytes)
         self._x: Tensor | None = None
         self._gradient: Tensor | None = None
 
@@ -149,15 +153,18 @@ class HeadGradients:
     """dh, dW and db from dLoss/dx, chunk by chunk. dW and db add up in the wide type.
 
     A row's scale never meets [n, V]: it multiplies the row of dh after its product, and of h before that of dW. With
-    weight=None, `into` may name the tensor that receives dx. Products use `out=` or in-place forms only: autocast
-    leaves those alone.
+    weight=None, `into` may name the tensor that receives dx; with a shard dh is summed over its ranks. Products use
+    `out=` or in-place forms only: autocast leaves those alone.
     """
 
-    def __init__(self, head: Head, need: list[bool], into: Tensor | None = None) -> None:
-        self.head = head
+    def __init__(
+        self, head: Head, need: list[bool], into: Tensor | None = None, shard: VocabularyShard | None = None
+    ) -> None:
+        self.head, self.shard = head, shard
         new, wide = head.hidden.new_empty, head.wide
         need_hidden, need_weight, need_bias = need
-        self.hidden = (new(head.hidden.shape) if into is None else into) if need_hidden else None
+        summed = {} if shard is None else {"dtype": wide}
+        self.hidden = (new(head.hidden.shape, **summed) if into is None else into) if need_hidden else None
         self.weight = None
         if need_weight:
             assert head.weight is not None
@@ -210,6 +217,8 @@ class HeadGradients:
 
     def result(self, hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """(dh, dW, db) in the dtypes of the given inputs; an empty tensor for each one that was not asked for."""
+        if self.shard is not None and self.hidden is not None:
+            self.shard.sum(self.hidden)
         pairs = ((self.hidden, hidden), (self.weight, weight), (self.bias, bias))
         return tuple(
             hidden.new_empty(0) if grad is None or like is None else grad.to(like.dtype) for grad, like in pairs

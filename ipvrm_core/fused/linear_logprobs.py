@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ipvrm_core.fused.head import HeadGradients, empty_gradients, wide_dtype
 from ipvrm_core.fused.rows import row_work
+from ipvrm_core.fused.shard import unpacked
 from ipvrm_core.fused.transform import LogitTransform
 
 
@@ -21,6 +22,7 @@ def linear_logprobs(
     temperature: float,
     temperatures: Tensor | None,
     softcap: float | None,
+    shard: str,
     max_buffer_bytes: int,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -31,7 +33,7 @@ def linear_logprobs(
     bias through the first three outputs.
     """
     transform = LogitTransform(temperature, temperatures, softcap)
-    work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, near_N=near)
+    work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, near_N=near, shard=unpacked(shard))
     outputs = _empty_outputs(hidden, weight, bias, ids)
     for rows, x_nV in work.head.chunks():
         for output, part in zip(outputs, work.logprobs(rows, x_nV, ids[rows]), strict=True):
@@ -63,14 +65,16 @@ def linear_logprobs_backward(
     temperature: float,
     temperatures: Tensor | None,
     softcap: float | None,
+    shard: str,
     max_buffer_bytes: int,
     triton: bool,
     need: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dh, dW, db) from the gradients of the three outputs, None where an output was not used; need = (h, W, b)."""
     transform = LogitTransform(temperature, temperatures, softcap)
-    work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, with_gradient=True)
-    gradients = HeadGradients(work.head, need)
+    part = unpacked(shard)
+    work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, with_gradient=True, shard=part)
+    gradients = HeadGradients(work.head, need, shard=part)
     if grad_logprobs is None:
         grad_logprobs = statistics.new_zeros(ids.shape)
     for rows, x_nV in work.head.chunks():
@@ -107,7 +111,7 @@ def _backward(ctx, grad_logprobs, grad_lse, grad_entropy, _):
     need, grads_out = list(ctx.needs_input_grad[:3]), (grad_logprobs, grad_lse, grad_entropy)
     *saved, temperatures = ctx.saved_tensors
     grads = linear_logprobs_backward(*grads_out, *saved, ctx.temperature, temperatures, *ctx.settings, need)
-    return *(grad if wanted else None for grad, wanted in zip(grads, need, strict=True)), *[None] * 7
+    return *(grad if wanted else None for grad, wanted in zip(grads, need, strict=True)), *[None] * 8
 
 
 linear_logprobs.register_autograd(_backward, setup_context=_setup_context)

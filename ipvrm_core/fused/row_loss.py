@@ -27,12 +27,25 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx, hidden, weight, bias, ids, near, fn, temperature, temperatures, softcap, max_buffer_bytes, triton, need
+        ctx,
+        hidden,
+        weight,
+        bias,
+        ids,
+        near,
+        fn,
+        temperature,
+        temperatures,
+        softcap,
+        shard,
+        max_buffer_bytes,
+        triton,
+        need,
     ):
         transform = LogitTransform(temperature, temperatures, softcap)
-        options = {"near_N": near, "with_gradient": any(need)}
+        options = {"near_N": near, "with_gradient": any(need), "shard": shard}
         work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, **options)
-        gradients = HeadGradients(work.head, need)
+        gradients = HeadGradients(work.head, need, shard=shard)
         loss = hidden.new_zeros((), dtype=work.head.wide)
         for rows, x_nV in work.head.chunks():
             target_nV = gradients.target(rows, x_nV) if any(need) else None
@@ -48,7 +61,7 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return *times_upstream(ctx, grad_loss), *[None] * 9
+        return *times_upstream(ctx, grad_loss), *[None] * 10
 
 
 def value_and_gradient(fn: RowFunction, rows: slice, need: bool, logprobs: LogProbs) -> tuple[Tensor, list]:

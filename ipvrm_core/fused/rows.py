@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ipvrm_core.fused.head import _SCRATCH_BYTES, Head, RowGradient, rows_per_chunk
 from ipvrm_core.fused.policy_terms import policy_terms
+from ipvrm_core.fused.shard import VocabularyShard
 from ipvrm_core.fused.softmax import RowSoftmax, logit_gradient_, row_softmax_
 from ipvrm_core.fused.transform import LogitTransform
 from ipvrm_core.types import LogProbs, PolicyBatch, PolicyLossConfig
@@ -22,8 +23,10 @@ if TYPE_CHECKING:
 ValueAndGradient: TypeAlias = Callable[[LogProbs], tuple[Tensor, list]]
 
 
-def row_work(triton: bool, *arguments, **options) -> "TorchRows | TritonRows":
-    """TorchRows(...) or TritonRows(...), whose interface is the same."""
+def row_work(triton: bool, *arguments, shard: VocabularyShard | None = None, **options) -> "TorchRows | TritonRows":
+    """TorchRows(...) or TritonRows(...), whose interface is the same, or what they are on a rank of a split head."""
+    if shard is not None:
+        return _sharded(triton)(shard, *arguments, **options)
     if not triton:
         return TorchRows(*arguments, **options)
     from ipvrm_core.fused.triton_rows import TritonRows
@@ -31,10 +34,21 @@ def row_work(triton: bool, *arguments, **options) -> "TorchRows | TritonRows":
     return TritonRows(*arguments, **options)
 
 
+def _sharded(triton: bool) -> Callable:
+    if triton:
+        from ipvrm_core.fused.sharded_triton_rows import ShardedTritonRows
+
+        return ShardedTritonRows
+    from ipvrm_core.fused.sharded_rows import ShardedTorchRows
+
+    return ShardedTorchRows
+
+
 class TorchRows:
     """`head` makes the chunks, which this work overwrites; `transform` turns them into logits. masked_N: see `Head`.
 
     with_gradient: whether a gradient will be asked for. near_N [N]: about log p of the first id, for TritonRows.
+    widest: columns by which chunks are measured, None for those of the head.
     """
 
     def __init__(
@@ -47,20 +61,25 @@ class TorchRows:
         masked_N: Tensor | None = None,
         near_N: Tensor | None = None,
         with_gradient: bool = False,
+        widest: int | None = None,
     ) -> None:
         self.transform = transform
         scratch_bytes = min(_SCRATCH_BYTES.get(hidden.device.type, 256 << 20), max_buffer_bytes // 4)
         bfloat16 = 2 * (hidden.is_cuda and hidden.dtype == torch.bfloat16 and weight is not None)
         slope = 0 if transform.softcap is None else 4
         budget, extra = max_buffer_bytes - scratch_bytes, bfloat16 + slope
-        self.head = Head(hidden, weight, bias, budget, extra_bytes_per_logit=extra, masked_N=masked_N)
-        b = rows_per_chunk(self.head.n, self.head.V, self.head.wide.itemsize, scratch_bytes)
+        self.head = Head(hidden, weight, bias, budget, extra_bytes_per_logit=extra, masked_N=masked_N, widest=widest)
+        b = rows_per_chunk(self.head.n, widest or self.head.V, self.head.wide.itemsize, scratch_bytes)
         self.scratch = hidden.new_empty(b, self.head.V, dtype=self.head.wide)
+
+    def _softmax(self, x_nV: Tensor, ids_nK: Tensor) -> RowSoftmax:
+        """x, already logits, becomes exp(x - max)."""
+        return row_softmax_(x_nV, self.scratch, ids_nK)
 
     def logprobs(self, rows: slice, x_nV: Tensor, ids_nK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(log p at ids [n, K]; LSE [n]; entropy [n]; what `logprobs_gradient` wants to be told again, [n, 2])."""
         self.transform.rows(rows).apply_(x_nV)
-        softmax = row_softmax_(x_nV, self.scratch, ids_nK)
+        softmax = self._softmax(x_nV, ids_nK)
         nothing_n2 = softmax.lse_N.new_zeros(len(x_nV), 2)
         return softmax.logprobs_NK, softmax.lse_N, softmax.entropy_N, nothing_n2
 
@@ -82,7 +101,7 @@ class TorchRows:
     ) -> RowGradient:
         """dLoss/dx. The statistics are made again: here x becomes exp(l - max), which the gradient needs."""
         slope_nV = self.transform.rows(rows).apply_(x_nV)
-        softmax = row_softmax_(x_nV, self.scratch, ids_nK)
+        softmax = self._softmax(x_nV, ids_nK)
         return self._gradient(rows, softmax, ids_nK, c_nK, slope_nV, grad_lse_n, grad_entropy_n)
 
     def loss(
@@ -90,7 +109,7 @@ class TorchRows:
     ) -> tuple[Tensor, RowGradient | None]:
         """(fn's value, dLoss/dx or None if no target is given)."""
         slope_nV = self.transform.rows(rows).apply_(x_nV)
-        softmax = row_softmax_(x_nV, self.scratch, ids_nK)
+        softmax = self._softmax(x_nV, ids_nK)
         value, (c_nK, *others) = fn(LogProbs(softmax.logprobs_NK, softmax.lse_N, softmax.entropy_N))
         if target_nV is None:
             return value, None
@@ -112,7 +131,7 @@ class TorchRows:
     ) -> RowGradient | None:
         """dLoss/dx, or None if no target is given; fills metrics."""
         slope_nV, batch_n = self.transform.rows(rows).apply_(x_nV), batch.rows(rows)
-        softmax = row_softmax_(x_nV, self.scratch, batch_n.ids_NS)
+        softmax = self._softmax(x_nV, batch_n.ids_NS)
         terms = policy_terms(softmax.logprobs_NK, softmax.entropy_N, batch_n, settings)
         metrics_nM.copy_(terms.metrics_NM)
         if target_nV is None:
@@ -147,7 +166,7 @@ class TorchRows:
         """
         self.transform.rows(rows).apply_(x_nV)
         likely_nk = x_nV.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
-        softmax = row_softmax_(x_nV, self.scratch, torch.cat([likely_nk, sampled_n[:, None]], dim=1))
+        softmax = self._softmax(x_nV, torch.cat([likely_nk, sampled_n[:, None]], dim=1))
         logp_nk = softmax.logprobs_NK[:, :k]
         member_nk = logp_nk >= threshold
         return likely_nk.masked_fill(~member_nk, -1), logp_nk, softmax.logprobs_NK[:, k], softmax.entropy_N

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ipvrm_core.fused.head import wide_dtype
 from ipvrm_core.fused.rows import row_work
+from ipvrm_core.fused.shard import unpacked
 from ipvrm_core.fused.transform import LogitTransform
 from ipvrm_core.reference.candidates import candidate_slots, log_threshold
 
@@ -40,6 +41,7 @@ def select_candidates(
     temperature: float,
     temperatures: Tensor | None,
     softcap: float | None,
+    shard: str,
     max_buffer_bytes: int,
     triton: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -48,17 +50,19 @@ def select_candidates(
     hidden [N, D], weight [V, D], bias [V]; with weight=None `hidden` is x [N, V]. sampled_ids [N] int64, exclude [N]
     bool. The rule is that of reference.candidates. No gradient.
     """
-    work = row_work(triton, hidden, weight, bias, LogitTransform(temperature, temperatures, softcap), max_buffer_bytes)
-    k, K = _slots(p_min, work.head.V, top_k, keep_sampled)
+    transform, part = LogitTransform(temperature, temperatures, softcap), unpacked(shard)
+    work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, shard=part)
+    k, K = _slots(p_min, work.head.V if part is None else part.vocabulary, top_k, keep_sampled)
+    searched = k if part is None else k * part.ranks
     N, new = work.head.N, partial(hidden.new_empty, dtype=work.head.wide)
-    found = sampled_ids.new_empty(N, k), new(N, k), new(N), new(N)
+    found = sampled_ids.new_empty(N, searched), new(N, searched), new(N), new(N)
     for rows, x_nV in work.head.chunks():
         parts = work.candidates(rows, x_nV, sampled_ids[rows], k, log_threshold(p_min, strict))
         for whole, part in zip(found, parts, strict=True):
             whole[rows] = part
     ids_Nk, logp_Nk, sampled_N, entropy_N = found
     # The kernels find them in order; torch leaves gaps, and so does every further rule.
-    if not triton or top_k is not None or keep_sampled or exclude is not None:
+    if not triton or part is not None or top_k is not None or keep_sampled or exclude is not None:
         forced_N1 = sampled_ids[:, None] if keep_sampled else None
         exclude_N1 = None if exclude is None else exclude[:, None]
         ids_Nk, logp_Nk = _finish_rule(ids_Nk, logp_Nk, top_k, forced_N1, sampled_N, exclude_N1)
@@ -93,7 +97,8 @@ def _finish_rule(
 
 @select_candidates.register_fake
 def _(hidden, weight, bias, sampled_ids, exclude, p_min, strict, top_k, keep_sampled, *settings):
-    N, V = hidden.shape[0], (hidden.shape[1] if weight is None else weight.shape[0])
+    N, part = hidden.shape[0], unpacked(settings[3])
+    V = (hidden.shape[1] if weight is None else weight.shape[0]) if part is None else part.vocabulary
     K = _slots(p_min, V, top_k, keep_sampled)[1]
     ids_NS, counts_N = sampled_ids.new_empty(N, 1 + K), sampled_ids.new_empty(N)
     logprobs_NS = hidden.new_empty(N, 1 + K, dtype=wide_dtype(hidden, weight, bias))

@@ -23,6 +23,7 @@ class RowSoftmax(NamedTuple):
     logprobs_NK: Tensor
     lse_N: Tensor
     entropy_N: Tensor
+    max_N: Tensor
 
 
 def row_softmax_(z_NV: Tensor, scratch_BV: Tensor, ids_NK: Tensor) -> RowSoftmax:
@@ -46,7 +47,7 @@ def row_softmax_(z_NV: Tensor, scratch_BV: Tensor, ids_NK: Tensor) -> RowSoftmax
     log_sum_N1 = sum_N1.log()
     logprobs_NK.sub_(log_sum_N1).masked_fill_(ids_NK < 0, 0.0)
     lse_N, entropy_N = (max_N1 + log_sum_N1)[:, 0], (log_sum_N1 - weighted_N1 / sum_N1)[:, 0]
-    return RowSoftmax(z_NV, sum_N1, logprobs_NK, lse_N, entropy_N)
+    return RowSoftmax(z_NV, sum_N1, logprobs_NK, lse_N, entropy_N, max_N1[:, 0])
 
 
 def logit_gradient_(

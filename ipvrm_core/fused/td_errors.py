@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ipvrm_core.fused.head import wide_dtype
 from ipvrm_core.fused.rows import row_work
+from ipvrm_core.fused.shard import unpacked
 from ipvrm_core.fused.transform import LogitTransform
 
 
@@ -22,13 +23,14 @@ def linear_td_errors(
     temperature: float,
     temperatures: Tensor | None,
     softcap: float | None,
+    shard: str,
     max_buffer_bytes: int,
     triton: bool,
 ) -> Tensor:
     """beta (log pi(id | s) - old) [N, K], 0 at padding (id < 0). With weight=None `hidden` is x [N, V]."""
     transform = LogitTransform(temperature, temperatures, softcap)
     near_N = old_logprobs[:, 0] if ids.shape[1] else None  # the reward model is near the old policy
-    work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, near_N=near_N)
+    work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, near_N=near_N, shard=unpacked(shard))
     delta_NK = hidden.new_empty(ids.shape, dtype=work.head.wide)
     for rows, x_nV in work.head.chunks():
         delta_NK[rows] = work.td_errors(rows, x_nV, ids[rows], old_logprobs[rows], beta)

@@ -40,13 +40,21 @@ class TritonRows:
         masked_N: Tensor | None = None,
         near_N: Tensor | None = None,
         with_gradient: bool = False,
+        widest: int | None = None,
     ) -> None:
         if transform.temperatures_N is not None:
             transform = transform._replace(temperatures_N=transform.temperatures_N.to(torch.float32))
         self.transform, self.near_N = transform, near_N
         kind = GivenLogits if weight is None else Head
         self.head = kind(
-            hidden, weight, bias, max_buffer_bytes, apart=True, with_gradient=with_gradient, masked_N=masked_N
+            hidden,
+            weight,
+            bias,
+            max_buffer_bytes,
+            apart=True,
+            with_gradient=with_gradient,
+            masked_N=masked_N,
+            widest=widest,
         )
 
     def _options(self, rows: slice) -> dict:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ipvrm_core.fused.head import default_buffer_bytes
+from ipvrm_core.fused.shard import VocabularyShard
 from ipvrm_core.fused.transform import LogitTransform
 
 _check_values: ContextVar[bool] = ContextVar("ipvrm_check_values", default=False)
@@ -35,6 +36,17 @@ def check_head(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> tu
             raise ValueError(f"bias must be floating point [V] = ({V},); got {bias.dtype}, shape {tuple(bias.shape)}")
         _check_device("bias", bias, hidden)
     return hidden.shape[0], V
+
+
+def checked_shard(shard: VocabularyShard | None, backend: str, V: int) -> tuple[int, str]:
+    """(V of the whole head, the shard as operators take it)."""
+    if shard is None:
+        return V, ""
+    if backend == "reference":
+        raise ValueError("a vocabulary shard needs backend 'triton' or 'chunked'; got 'reference'")
+    if not (0 <= shard.first <= shard.vocabulary - V and shard.widest >= V):
+        raise ValueError(f"weight must be the shard's [V_r, D], {shard}; got V_r = {V}")
+    return shard.vocabulary, shard.packed()
 
 
 def check_ids(name: str, ids: Tensor, shape: tuple[int | None, ...], V: int, like: Tensor) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from ipvrm_core.dispatch import resolve
 from ipvrm_core.fused.distrl_loss import DistrlLossInPlace, pack_batch, pack_config
 from ipvrm_core.fused.distrl_loss import distrl_loss as fused
+from ipvrm_core.fused.shard import VocabularyShard
 from ipvrm_core.ops import checks
 from ipvrm_core.reference import policy_loss as reference
 from ipvrm_core.types import METRICS, PolicyBatch, PolicyLossConfig, PolicyLossOutput
@@ -21,6 +22,7 @@ def distrl_loss(
     *,
     bias: Tensor | None = None,
     backend: str = "auto",
+    shard: VocabularyShard | None = None,
     max_buffer_bytes: int | None = None,
 ) -> PolicyLossOutput:
     """L = sum_t w_t l(rho_t(y_t), A_t) + alpha sum_t w'_t sum_{v in C_t} pi_old(v) l(rho_t(v), A_TD_t(v)) + ...
@@ -37,11 +39,14 @@ def distrl_loss(
     Rows of weight 0 in both branches contribute nothing. On a CPU they do not enter the products; on a GPU that would
     take a wait for their number, so leave them out beforehand: live = ~batch.masked_N, hidden[live], batch.rows(live).
 
+    shard: weight (and bias) are this rank's part of a head that is split over a process group, `VocabularyShard.of`;
+    everything else is equal on all ranks, and so are the results; gradients of weight and bias are those of the part.
+
     max_buffer_bytes bounds the private [rows, V] buffers, one row at least; None is the device's default.
     Raises ValueError for wrong shapes, dtypes or devices, for kl_coef > 0 without ref_logprobs_N and, on CPU, for
     ids >= V. Source: the paper's equations as given in reference/policy_loss.py.
     """
-    return _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes)
+    return _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes, shard)
 
 
 def distrl_loss_from_logits(
@@ -59,12 +64,13 @@ def distrl_loss_from_logits(
     backward works once. Nothing upstream may need the logits for its own backward; a linear head does not. Not with
     backend 'reference'. float16: gradients below 6e-8 round to 0, and a later loss scale cannot bring them back.
     """
-    return _run(logits, None, None, batch, config, backend, max_buffer_bytes, inplace)
+    return _run(logits, None, None, batch, config, backend, max_buffer_bytes, inplace=inplace)
 
 
-def _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes, inplace=False) -> PolicyLossOutput:
+def _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes, shard=None, inplace=False) -> PolicyLossOutput:
     config = config or PolicyLossConfig()
     N, V = checks.check_head(hidden, weight, bias)
+    V, packed = checks.checked_shard(shard, backend, V)
     checks.check_ids("ids_NS", batch.ids_NS, (N, None), V, hidden)
     if config.kl_coef and batch.ref_logprobs_N is None:
         raise ValueError("kl_coef > 0 needs batch.ref_logprobs_N; got None")
@@ -86,9 +92,9 @@ def _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes, inplace
         return reference.distrl_loss(hidden, weight, batch, config, bias_V=bias)
 
     need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    settings = (pack_batch(batch), pack_config(config), budget, backend == "triton")
+    given, settings = (pack_batch(batch), pack_config(config)), (budget, backend == "triton")
     if inplace and need[0]:
-        loss, metrics_M = DistrlLossInPlace.apply(hidden, *settings)
+        loss, metrics_M = DistrlLossInPlace.apply(hidden, *given, *settings)
     else:
-        loss, metrics_M, *_ = fused(hidden, weight, bias, *settings, need)
+        loss, metrics_M, *_ = fused(hidden, weight, bias, *given, packed, *settings, need)
     return PolicyLossOutput(loss, dict(zip(METRICS, metrics_M.unbind(), strict=True)))

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from ipvrm_core.dispatch import resolve
 from ipvrm_core.fused.linear_logprobs import linear_logprobs as fused
+from ipvrm_core.fused.shard import VocabularyShard
 from ipvrm_core.ops import checks
 from ipvrm_core.reference.logprobs import head_logits
 from ipvrm_core.reference.logprobs import logprobs_from_logits as reference
@@ -20,6 +21,7 @@ def linear_logprobs(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     backend: str = "auto",
+    shard: VocabularyShard | None = None,
     max_buffer_bytes: int | None = None,
 ) -> LogProbs:
     """log pi(id | s) = l_id - LSE(l), with l = (h W^T + b) / T; also LSE and the entropy (nats).
@@ -31,11 +33,13 @@ def linear_logprobs(
     softcap c: the logits are first c tanh(x / c). near [N]: about log pi of ids[:, 0], as a sampler has it, NaN where
     nobody knows; the Triton kernels then need no maximum, and results depend on it by their rounding alone.
 
+    shard: weight (and bias) are this rank's part of a head that is split over a process group, `VocabularyShard.of`;
+    everything else is equal on all ranks, and so are the results; gradients of weight and bias are those of the part.
     max_buffer_bytes bounds the private [rows, V] buffers, one row at least; None is the device's default. Extra memory
     is that, the gradients (float32 for weight), and a float32 weight where halves are upcast (see fused/README.md).
     Raises ValueError for wrong shapes, dtypes or devices, for temperature <= 0 and, on CPU, for ids >= V.
     """
-    return _run(hidden, weight, bias, ids, near, temperature, softcap, backend, max_buffer_bytes)
+    return _run(hidden, weight, bias, ids, near, temperature, softcap, backend, max_buffer_bytes, shard)
 
 
 def logprobs_from_logits(
@@ -52,8 +56,9 @@ def logprobs_from_logits(
     return _run(logits, None, None, ids, near, temperature, softcap, backend, max_buffer_bytes)
 
 
-def _run(hidden, weight, bias, ids, near, temperature, softcap, backend, max_buffer_bytes) -> LogProbs:
+def _run(hidden, weight, bias, ids, near, temperature, softcap, backend, max_buffer_bytes, shard=None) -> LogProbs:
     N, V = checks.check_head(hidden, weight, bias)
+    V, packed = checks.checked_shard(shard, backend, V)
     checks.check_ids("ids", ids, (N, None), V, hidden)
     checks.check_near(near, N, hidden)
     transform = checks.checked_transform(temperature, softcap, N, hidden)
@@ -62,5 +67,5 @@ def _run(hidden, weight, bias, ids, near, temperature, softcap, backend, max_buf
     if backend == "reference":
         logits = hidden if weight is None else head_logits(hidden, weight, bias)
         return reference(logits, ids, temperature=temperature, softcap=softcap)
-    *outputs, _ = fused(hidden, weight, bias, ids, near, *transform, budget, backend == "triton")
+    *outputs, _ = fused(hidden, weight, bias, ids, near, *transform, packed, budget, backend == "triton")
     return LogProbs(*outputs)

@@ -6,6 +6,7 @@ from torch import Tensor
 from ipvrm_core.dispatch import resolve
 from ipvrm_core.fused.head import wide_dtype
 from ipvrm_core.fused.row_loss import RowFunction, RowLoss, called
+from ipvrm_core.fused.shard import VocabularyShard
 from ipvrm_core.ops import checks
 from ipvrm_core.reference.logprobs import head_logits
 from ipvrm_core.reference.logprobs import logprobs_from_logits as reference
@@ -22,6 +23,7 @@ def row_loss(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     backend: str = "auto",
+    shard: VocabularyShard | None = None,
     max_buffer_bytes: int | None = None,
 ) -> Tensor:
     """sum over rows of any differentiable function of log pi(id | s), LSE and entropy: 0-d, float32 or float64.
@@ -39,7 +41,7 @@ def row_loss(
     for a frozen weight, 3 with its gradient, where `linear_logprobs` takes 3 and 4. Raises ValueError as
     `linear_logprobs` does, and where fn returns something else or uses a tensor that requires grad.
     """
-    return _run(hidden, weight, bias, ids, fn, near, temperature, softcap, backend, max_buffer_bytes)
+    return _run(hidden, weight, bias, ids, fn, near, temperature, softcap, backend, max_buffer_bytes, shard)
 
 
 def row_loss_from_logits(
@@ -57,8 +59,9 @@ def row_loss_from_logits(
     return _run(logits, None, None, ids, fn, near, temperature, softcap, backend, max_buffer_bytes)
 
 
-def _run(hidden, weight, bias, ids, fn, near, temperature, softcap, backend, max_buffer_bytes) -> Tensor:
+def _run(hidden, weight, bias, ids, fn, near, temperature, softcap, backend, max_buffer_bytes, shard=None) -> Tensor:
     N, V = checks.check_head(hidden, weight, bias)
+    V = checks.checked_shard(shard, backend, V)[0]
     checks.check_ids("ids", ids, (N, None), V, hidden)
     checks.check_near(near, N, hidden)
     transform = checks.checked_transform(temperature, softcap, N, hidden)
@@ -69,4 +72,4 @@ def _run(hidden, weight, bias, ids, fn, near, temperature, softcap, backend, max
         loss = called(fn, reference(logits, ids, temperature=temperature, softcap=softcap), slice(0, N))
         return loss.to(wide_dtype(hidden, weight, bias))
     need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    return RowLoss.apply(hidden, weight, bias, ids, near, fn, *transform, budget, backend == "triton", need)
+    return RowLoss.apply(hidden, weight, bias, ids, near, fn, *transform, shard, budget, backend == "triton", need)

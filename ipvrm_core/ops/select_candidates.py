@@ -5,6 +5,7 @@ from torch import Tensor
 
 from ipvrm_core.dispatch import resolve
 from ipvrm_core.fused.select_candidates import select_candidates as fused
+from ipvrm_core.fused.shard import VocabularyShard
 from ipvrm_core.ops import checks
 from ipvrm_core.reference.candidates import select_candidates_from_logits as reference
 from ipvrm_core.reference.logprobs import head_logits
@@ -25,6 +26,7 @@ def select_candidates(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     backend: str = "auto",
+    shard: VocabularyShard | None = None,
     max_buffer_bytes: int | None = None,
 ) -> Candidates:
     """C_t = { v : pi(v | s_t) >= P_min } with pi = softmax((h W^T + b) / T) over the full vocabulary; no gradient.
@@ -40,12 +42,14 @@ def select_candidates(
     A probability within 1e-5 of P_min, relatively, counts as equal to it: a member, and with strict none. Logits that
     come from another product or dtype may differ by more and decide otherwise: store the set.
 
+    shard: weight (and bias) are this rank's part of a head that is split over a process group, `VocabularyShard.of`;
+    everything else is equal on all ranks, and so are the results; gradients of weight and bias are those of the part.
     max_buffer_bytes bounds the private [rows, V] buffers, one row at least; None is the device's default.
     Raises ValueError for wrong shapes, dtypes or devices, p_min outside (0, 1], top_k < 0, temperature <= 0 and, on
     CPU, for sampled_ids >= V. Source: the paper, section 3 of its method; the switches are those of its authors' code.
     """
     rule = {"p_min": p_min, "strict": strict, "top_k": top_k, "keep_sampled": keep_sampled, "exclude": exclude}
-    return _run(hidden, weight, bias, sampled_ids, rule, temperature, softcap, backend, max_buffer_bytes)
+    return _run(hidden, weight, bias, sampled_ids, rule, temperature, softcap, backend, max_buffer_bytes, shard)
 
 
 def select_candidates_from_logits(
@@ -68,8 +72,11 @@ def select_candidates_from_logits(
 
 
 @torch.no_grad()
-def _run(hidden, weight, bias, sampled_ids, rule, temperature, softcap, backend, max_buffer_bytes) -> Candidates:
+def _run(
+    hidden, weight, bias, sampled_ids, rule, temperature, softcap, backend, max_buffer_bytes, shard=None
+) -> Candidates:
     N, V = checks.check_head(hidden, weight, bias)
+    V, packed = checks.checked_shard(shard, backend, V)
     checks.check_ids("sampled_ids", sampled_ids, (N,), V, hidden)
     transform = checks.checked_transform(temperature, softcap, N, hidden)
     checks.check_rule(rule, N, hidden)
@@ -81,5 +88,6 @@ def _run(hidden, weight, bias, sampled_ids, rule, temperature, softcap, backend,
         del rule["exclude"]
         return reference(logits, sampled_ids, **rule)
     options = rule | transform._asdict() | {"max_buffer_bytes": budget, "triton": backend == "triton"}
+    options["shard"] = packed
     options["temperatures"] = options.pop("temperatures_N")
     return Candidates(*fused(hidden, weight, bias, sampled_ids, **options))

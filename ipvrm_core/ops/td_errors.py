@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from ipvrm_core.dispatch import resolve
+from ipvrm_core.fused.shard import VocabularyShard
 from ipvrm_core.fused.td_errors import linear_td_errors as fused
 from ipvrm_core.ops import checks
 from ipvrm_core.reference.logprobs import head_logits, logprobs_from_logits
@@ -21,6 +22,7 @@ def linear_td_errors(
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
     backend: str = "auto",
+    shard: VocabularyShard | None = None,
     max_buffer_bytes: int | None = None,
 ) -> Tensor:
     """delta_t(v) = beta (log pi_phi(v | s_t) - log pi_old(v | s_t)) at ids, pi_phi = softmax((h W^T + b) / T).
@@ -30,7 +32,7 @@ def linear_td_errors(
     gives the TD error of the sampled path. No gradient: advantages are constants. The old log-probs must be of the same
     temperature. Raises ValueError as `linear_logprobs` does. Source: the paper, section 3 of its method.
     """
-    return _run(hidden, weight, bias, ids, old_logprobs, beta, temperature, softcap, backend, max_buffer_bytes)
+    return _run(hidden, weight, bias, ids, old_logprobs, beta, temperature, softcap, backend, max_buffer_bytes, shard)
 
 
 def td_errors_from_logits(
@@ -49,8 +51,11 @@ def td_errors_from_logits(
 
 
 @torch.no_grad()
-def _run(hidden, weight, bias, ids, old_logprobs, beta, temperature, softcap, backend, max_buffer_bytes) -> Tensor:
+def _run(
+    hidden, weight, bias, ids, old_logprobs, beta, temperature, softcap, backend, max_buffer_bytes, shard=None
+) -> Tensor:
     N, V = checks.check_head(hidden, weight, bias)
+    V, packed = checks.checked_shard(shard, backend, V)
     checks.check_ids("ids", ids, (N, None), V, hidden)
     if old_logprobs.shape != ids.shape or not old_logprobs.is_floating_point():
         given = f"{old_logprobs.dtype}, shape {tuple(old_logprobs.shape)}"
@@ -59,7 +64,9 @@ def _run(hidden, weight, bias, ids, old_logprobs, beta, temperature, softcap, ba
     budget = checks.checked_budget(max_buffer_bytes, hidden.device)
     backend = resolve(backend, hidden, weight, bias)
     if backend != "reference":
-        return fused(hidden, weight, bias, ids, old_logprobs, float(beta), *transform, budget, backend == "triton")
+        return fused(
+            hidden, weight, bias, ids, old_logprobs, float(beta), *transform, packed, budget, backend == "triton"
+        )
     logits = hidden if weight is None else head_logits(hidden, weight, bias)
     rows = logprobs_from_logits(logits, ids, temperature=temperature, softcap=softcap)
     return reference(rows.logprobs_NK, old_logprobs.to(logits.dtype), beta).masked_fill(ids < 0, 0.0)

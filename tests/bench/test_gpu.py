@@ -281,7 +281,7 @@ def test_the_meter_reads_events_and_the_allocator(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     for name, value in {"synchronize": None, "memory_allocated": 100, "max_memory_allocated": 350}.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    for name in ("reset_peak_memory_stats", "empty_cache"):
+    for name in ("reset_peak_memory_stats", "empty_cache", "_sleep"):
         monkeypatch.setattr(torch.cuda, name, lambda *_: None)
     meter = Meter(CPU)
     meter.cuda, meter._flush = True, torch.ones(4)

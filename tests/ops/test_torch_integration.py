@@ -33,7 +33,7 @@ def inputs(dtype=torch.float32, weight_grad=True):
 
 
 def op_arguments(batch, need):
-    return pack_batch(batch), pack_config(CONFIG), 2 * 4 * V * 7, TRITON, need
+    return pack_batch(batch), pack_config(CONFIG), "", 2 * 4 * V * 7, TRITON, need
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -50,7 +50,7 @@ def test_opcheck(linear, bias):
     budget = 2 * 4 * V * 7
     torch.library.opcheck(distrl_loss_op, (*head, *op_arguments(batch, need)))
     torch.library.opcheck(distrl_loss_op, (*frozen, *op_arguments(batch, [False] * 3)))
-    settings = (0.7, None, 20.0, budget, TRITON)
+    settings = (0.7, None, 20.0, "", budget, TRITON)
     torch.library.opcheck(linear_logprobs_op, (*head, batch.ids_NS, None, *settings))
     _, _, *statistics = linear_logprobs_op(*frozen, batch.ids_NS, batch.old_logprobs_NS[:, 0], *settings)
     grads = (torch.randn(N, 1 + K), None, torch.randn(N))
