@@ -28,6 +28,8 @@ if TYPE_CHECKING:  # what type checkers and editors read; _EXPORTS says the same
     from ipvrm_core.ops.distrl_loss import distrl_loss_from_logits as distrl_loss_from_logits
     from ipvrm_core.ops.linear_logprobs import linear_logprobs as linear_logprobs
     from ipvrm_core.ops.linear_logprobs import logprobs_from_logits as logprobs_from_logits
+    from ipvrm_core.ops.on_policy import OnPolicyOutput as OnPolicyOutput
+    from ipvrm_core.ops.on_policy import on_policy_distrl_loss as on_policy_distrl_loss
     from ipvrm_core.ops.row_loss import row_loss as row_loss
     from ipvrm_core.ops.row_loss import row_loss_from_logits as row_loss_from_logits
     from ipvrm_core.ops.select_candidates import select_candidates as select_candidates
@@ -77,6 +79,7 @@ _EXPORTS = {
     "ops.checks": ("checked_values",),
     "ops.distrl_loss": ("distrl_loss", "distrl_loss_from_logits"),
     "ops.linear_logprobs": ("linear_logprobs", "logprobs_from_logits"),
+    "ops.on_policy": ("OnPolicyOutput", "on_policy_distrl_loss"),
     "ops.row_loss": ("row_loss", "row_loss_from_logits"),
     "ops.select_candidates": ("select_candidates", "select_candidates_from_logits"),
     "ops.td_errors": ("linear_td_errors", "td_errors_from_logits"),

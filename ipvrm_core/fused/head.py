@@ -100,7 +100,11 @@ class Head:
         """(rows, x [n, V]) in the wide type; x is the caller's to overwrite until the next chunk."""
         for start in range(0, self.N, self.n):
             rows = slice(start, min(start + self.n, self.N))
-            yield rows, self._fill(rows, self.buffer)
+            yield rows, self.logits(rows)
+
+    def logits(self, rows: slice) -> Tensor:
+        """x [n, V] of some rows, at most n of them, in the one buffer."""
+        return self._fill(rows, self.buffer)
 
     @property
     def buffer(self) -> Tensor:

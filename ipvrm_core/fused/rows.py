@@ -19,6 +19,9 @@ from ipvrm_core.types import LogProbs, PolicyBatch, PolicyLossConfig
 if TYPE_CHECKING:
     from ipvrm_core.fused.triton_rows import TritonRows
 
+Found: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor]  # see `candidates`
+# (ids, log p, sampled log p, entropy) -> (ids [n, S], dLoss/dlog p there, dLoss/dH or None).
+CandidateTerms: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor | None]]
 # A function of log-probs -> its value and its derivatives by log-probs, LSE and entropy, None where there is none.
 ValueAndGradient: TypeAlias = Callable[[LogProbs], tuple[Tensor, list]]
 
@@ -156,17 +159,37 @@ class TorchRows:
         dx_nV = logit_gradient_(softmax, self.scratch, ids_nK, c_nK / T, *others)
         return RowGradient(dx_nV if slope_nV is None else dx_nV.mul_(slope_nV))
 
-    def candidates(
-        self, rows: slice, x_nV: Tensor, sampled_n: Tensor, k: int, threshold: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def candidates(self, rows: slice, x_nV: Tensor, sampled_n: Tensor, k: int, threshold: float) -> Found:
         """(ids [n, k] ascending, < 0 where no member; log p [n, k]; sampled log p [n]; entropy [n]).
 
         Members have log p >= threshold. At most k tokens can, and they are the most probable ones: a top-k of each row
         holds them all.
         """
         self.transform.rows(rows).apply_(x_nV)
+        return self._candidates(x_nV, sampled_n, k, threshold)[0]
+
+    def _candidates(self, x_nV: Tensor, sampled_n: Tensor, k: int, threshold: float) -> tuple[Found, RowSoftmax]:
+        """x, already logits, becomes exp(x - max)."""
         likely_nk = x_nV.topk(k, dim=-1, sorted=False).indices.sort(dim=-1).values
         softmax = self._softmax(x_nV, torch.cat([likely_nk, sampled_n[:, None]], dim=1))
-        logp_nk = softmax.logprobs_NK[:, :k]
-        member_nk = logp_nk >= threshold
-        return likely_nk.masked_fill(~member_nk, -1), logp_nk, softmax.logprobs_NK[:, k], softmax.entropy_N
+        logp_nk, sampled_logp_n = softmax.logprobs_NK[:, :k], softmax.logprobs_NK[:, k]
+        ids_nk = likely_nk.masked_fill(logp_nk < threshold, -1)
+        return (ids_nk, logp_nk, sampled_logp_n, softmax.entropy_N), softmax
+
+    def on_policy(
+        self,
+        rows: slice,
+        x_nV: Tensor,
+        target_nV: Tensor | None,
+        sampled_n: Tensor,
+        k: int,
+        threshold: float,
+        terms: CandidateTerms,
+    ) -> RowGradient | None:
+        """dLoss/dx of a loss on the candidates that are found here; None if no target is given."""
+        slope_nV = self.transform.rows(rows).apply_(x_nV)
+        found, softmax = self._candidates(x_nV, sampled_n, k, threshold)
+        ids_nS, c_nS, grad_entropy_n = terms(*found)
+        if target_nV is None:
+            return None
+        return self._gradient(rows, softmax, ids_nS, c_nS, slope_nV, None, grad_entropy_n)

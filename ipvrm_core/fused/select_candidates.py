@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ipvrm_core.fused.head import wide_dtype
-from ipvrm_core.fused.rows import row_work
+from ipvrm_core.fused.rows import Found, row_work
 from ipvrm_core.fused.shard import unpacked
 from ipvrm_core.fused.transform import LogitTransform
 from ipvrm_core.reference.candidates import candidate_slots, log_threshold
@@ -21,7 +21,7 @@ from ipvrm_core.reference.candidates import candidate_slots, log_threshold
 _NO_ID = torch.iinfo(torch.int64).max  # sorts behind every token id
 
 
-def _slots(p_min: float, vocabulary: int, top_k: int | None, keep_sampled: bool) -> tuple[int, int]:
+def slots(p_min: float, vocabulary: int, top_k: int | None, keep_sampled: bool) -> tuple[int, int]:
     """(k, K): how many tokens can reach P_min, and the width of the result. Both at most V."""
     found, given = candidate_slots(p_min), candidate_slots(p_min, top_k=top_k, keep_sampled=keep_sampled)
     return min(found, vocabulary), min(given, vocabulary)
@@ -52,7 +52,7 @@ def select_candidates(
     """
     transform, part = LogitTransform(temperature, temperatures, softcap), unpacked(shard)
     work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, shard=part)
-    k, K = _slots(p_min, work.head.V if part is None else part.vocabulary, top_k, keep_sampled)
+    k, K = slots(p_min, work.head.V if part is None else part.vocabulary, top_k, keep_sampled)
     searched = k if part is None else k * part.ranks
     N, new = work.head.N, partial(hidden.new_empty, dtype=work.head.wide)
     found = sampled_ids.new_empty(N, searched), new(N, searched), new(N), new(N)
@@ -60,9 +60,22 @@ def select_candidates(
         parts = work.candidates(rows, x_nV, sampled_ids[rows], k, log_threshold(p_min, strict))
         for whole, part in zip(found, parts, strict=True):
             whole[rows] = part
+    # The kernels find them in order; torch leaves gaps, and so does a split head.
+    return candidates_of(found, sampled_ids, K, triton and part is None, top_k, keep_sampled, exclude)
+
+
+def candidates_of(
+    found: Found,
+    sampled_ids: Tensor,
+    K: int,
+    in_order: bool,
+    top_k: int | None,
+    keep_sampled: bool,
+    exclude: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The fields of types.Candidates by the rest of the rule. in_order: ids ascend, with -1 behind them."""
     ids_Nk, logp_Nk, sampled_N, entropy_N = found
-    # The kernels find them in order; torch leaves gaps, and so does every further rule.
-    if not triton or part is not None or top_k is not None or keep_sampled or exclude is not None:
+    if not in_order or top_k is not None or keep_sampled or exclude is not None:
         forced_N1 = sampled_ids[:, None] if keep_sampled else None
         exclude_N1 = None if exclude is None else exclude[:, None]
         ids_Nk, logp_Nk = _finish_rule(ids_Nk, logp_Nk, top_k, forced_N1, sampled_N, exclude_N1)
@@ -99,7 +112,7 @@ def _finish_rule(
 def _(hidden, weight, bias, sampled_ids, exclude, p_min, strict, top_k, keep_sampled, *settings):
     N, part = hidden.shape[0], unpacked(settings[3])
     V = (hidden.shape[1] if weight is None else weight.shape[0]) if part is None else part.vocabulary
-    K = _slots(p_min, V, top_k, keep_sampled)[1]
+    K = slots(p_min, V, top_k, keep_sampled)[1]
     ids_NS, counts_N = sampled_ids.new_empty(N, 1 + K), sampled_ids.new_empty(N)
     logprobs_NS = hidden.new_empty(N, 1 + K, dtype=wide_dtype(hidden, weight, bias))
     return ids_NS, logprobs_NS, counts_N, logprobs_NS.new_empty(N)

@@ -6,7 +6,7 @@ Shape letters: n rows of a chunk, V columns here, K ids a row, k candidate slots
 from torch import Tensor
 
 from ipvrm_core.fused.head import RowGradient
-from ipvrm_core.fused.rows import TorchRows
+from ipvrm_core.fused.rows import Found, TorchRows
 from ipvrm_core.fused.shard import VocabularyShard, elsewhere
 from ipvrm_core.fused.softmax import RowSoftmax, row_softmax_
 
@@ -37,14 +37,11 @@ class ShardedTorchRows(TorchRows):
         grad_lse_n = elsewhere(ids_nK, local_nK, c_nK, grad_lse_n)
         return super()._gradient(rows, softmax, local_nK, c_nK, slope_nV, grad_lse_n, grad_entropy_n)
 
-    def candidates(
-        self, rows: slice, x_nV: Tensor, sampled_n: Tensor, k: int, threshold: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _candidates(self, x_nV: Tensor, sampled_n: Tensor, k: int, threshold: float) -> tuple[Found, RowSoftmax]:
         """As those of one rank, [n, R k] of them. A rank's own probabilities are the larger ones: it misses none."""
-        self.transform.rows(rows).apply_(x_nV)
         likely_nk = x_nV.topk(min(k, x_nV.shape[1]), dim=-1, sorted=False).indices.sort(dim=-1).values
         likely_y_nk = x_nV.gather(1, likely_nk)
         softmax = self._softmax(x_nV, sampled_n[:, None])
         logp_nk = (likely_y_nk - softmax.max_N[:, None]) - softmax.sum_N1.log()
         ids_nk, logp_nk = self.shard.merged(likely_nk.masked_fill(logp_nk < threshold, -1), logp_nk, k)
-        return ids_nk, logp_nk, softmax.logprobs_NK[:, 0], softmax.entropy_N
+        return (ids_nk, logp_nk, softmax.logprobs_NK[:, 0], softmax.entropy_N), softmax

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ipvrm_core.fused.head import Head, RowGradient
-from ipvrm_core.fused.rows import ValueAndGradient
+from ipvrm_core.fused.rows import CandidateTerms, Found, ValueAndGradient
 from ipvrm_core.fused.transform import LogitTransform
 from ipvrm_core.kernels.candidates import candidate_rows
 from ipvrm_core.kernels.logit_gradient import logit_gradient
@@ -144,9 +144,29 @@ class TritonRows:
             return None
         return RowGradient(target_nV, None if scale_n is None else scale_n[:, None])
 
-    def candidates(
-        self, rows: slice, x_nV: Tensor, sampled_n: Tensor, k: int, threshold: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def on_policy(
+        self,
+        rows: slice,
+        x_nV: Tensor,
+        target_nV: Tensor | None,
+        sampled_n: Tensor,
+        k: int,
+        threshold: float,
+        terms: CandidateTerms,
+    ) -> RowGradient | None:
+        """The sampled log-prob that the search found is the known shift of the visit that stores the exponentials."""
+        found = self.candidates(rows, x_nV, sampled_n, k, threshold)
+        ids_nS, c_nS, grad_entropy_n = terms(*found)
+        if target_nV is None:
+            return None
+        self.near_N = found[2].new_empty(self.head.N) if self.near_N is None else self.near_N
+        self.near_N[rows] = found[2]
+        apart_nV = target_nV if grad_entropy_n is None else None
+        _, _, entropy_n, normalizer_n2, total_n = self._statistics(rows, x_nV, ids_nS, apart_nV)
+        grads = c_nS, None, grad_entropy_n, normalizer_n2, entropy_n, total_n
+        return self.logprobs_gradient(rows, x_nV, target_nV, ids_nS, *grads)
+
+    def candidates(self, rows: slice, x_nV: Tensor, sampled_n: Tensor, k: int, threshold: float) -> Found:
         ids_nk, logp_nk, _, sampled_n, entropy_n = candidate_rows(
             x_nV, sampled_n, k, threshold=threshold, **self._options(rows)
         )

@@ -54,6 +54,11 @@ def results(problem: Problem, config: ic.PolicyLossConfig, shard: ic.VocabularyS
         found += [loss.detach(), *torch.autograd.grad(loss, problem.inputs)]
     for rule in ({}, {"p_min": 0.02, "top_k": 3, "keep_sampled": True}):
         found += list(ic.select_candidates(*head, ids[:, 0], **rule, **transform, **options))
+    if batch.old_logprobs_NS is None:
+        tokens = replace(batch, ids_NS=ids[:, :1].contiguous(), advantages_NS=batch.advantages_NS[:, :1])
+        judge = (problem.hidden.detach() + 0.1, 1.1 * problem.weight.detach())
+        out = ic.on_policy_distrl_loss(*head, tokens, *judge, 10.0, 0.7, config, p_min=0.02, **options)
+        found += [out.loss.detach(), *out.candidates, out.td_errors_NS, *torch.autograd.grad(out.loss, problem.inputs)]
     found.append(ic.linear_td_errors(*head, ids, torch.full(ids.shape, -2.0), 10.0, **transform, **options))
     return found
 
