@@ -1,4 +1,4 @@
-"""Losses of other papers over the fused head: CISPO, of single tokens, and GSPO, whose ratio is of whole answers.
+"""Losses of other papers over the fused head: CISPO and distillation, of single tokens; GSPO, of whole answers.
 
 A loss of single tokens goes through `row_loss`: the function sees the log-probs of a chunk of rows, and its gradient is
 made on the way. Where rows depend on one another all log-probs must be known first: `linear_logprobs`, which computes
@@ -24,6 +24,21 @@ def cispo(hidden, weight, tokens_N, old_N, advantages_N) -> Tensor:
     return ic.row_loss(hidden, weight, tokens_N[:, None], loss)
 
 
+def distill(hidden, weight, top_NK, teacher_NK, kind: str = "reverse") -> Tensor:
+    """Mean KL to a teacher over its own top K tokens, renormalised; on the student's tokens it is on-policy.
+
+    reverse: KL(pi || teacher), which a student can fit; forward: KL(teacher || pi). (Agarwal et al., 2306.13649.)
+    """
+    teacher_NK = teacher_NK.log_softmax(-1)
+
+    def loss(logprobs: ic.LogProbs, rows: slice) -> Tensor:
+        student_nK, teacher_nK = logprobs.logprobs_NK.log_softmax(-1), teacher_NK[rows]
+        p, q = (student_nK, teacher_nK) if kind == "reverse" else (teacher_nK, student_nK)
+        return (p.exp() * (p - q)).sum() / len(top_NK)
+
+    return ic.row_loss(hidden, weight, top_NK, loss)
+
+
 def gspo(hidden, weight, tokens_N, old_N, advantages_B, lengths_B) -> Tensor:
     """-mean(min(s A, clip(s) A)), s = exp(mean log-ratio of the answer) (Zheng et al., 2507.18071)."""
     new_N = ic.linear_logprobs(hidden, weight, tokens_N[:, None]).logprobs_NK[:, 0]
@@ -42,8 +57,11 @@ def main() -> dict[str, tuple[Tensor, Tensor]]:
     with torch.no_grad():  # an old policy a little way off
         moved = hidden + 0.05 * torch.randn_like(hidden)
         old_N = ic.linear_logprobs(moved, weight, tokens_N[:, None]).logprobs_NK[:, 0]
+        top_NK = (moved @ weight.t()).topk(8).indices
+        teacher_NK = ic.linear_logprobs(moved, weight, top_NK).logprobs_NK
     given = hidden, weight, tokens_N, old_N
     losses = {
+        "distillation": distill(hidden, weight, top_NK, teacher_NK),
         "CISPO": cispo(*given, advantages_B.repeat_interleave(lengths_B)),
         "GSPO": gspo(*given, advantages_B, lengths_B),
     }

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _EXPORTS says the same
     from ipvrm_core.heads import at_forward as at_forward
     from ipvrm_core.heads import attach as attach
     from ipvrm_core.heads import head_of as head_of
+    from ipvrm_core.heads import with_lora as with_lora
     from ipvrm_core.method import METHODS as METHODS
     from ipvrm_core.method import Method as Method
     from ipvrm_core.ops.checks import checked_values as checked_values
@@ -74,7 +75,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _EXPORTS says the same
 
 _EXPORTS = {
     "credit": ("distrl_advantages",),
-    "heads": ("Head", "at_forward", "attach", "head_of"),
+    "heads": ("Head", "at_forward", "attach", "head_of", "with_lora"),
     "method": ("METHODS", "Method"),
     "ops.checks": ("checked_values",),
     "ops.distrl_loss": ("distrl_loss", "distrl_loss_from_logits"),

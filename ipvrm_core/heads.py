@@ -15,6 +15,7 @@ from functools import wraps
 from types import MethodType
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ipvrm_core.types import PolicyLossConfig
@@ -40,6 +41,18 @@ class Head(NamedTuple):
         return replace(config, softcap=self.softcap, temperature=temperature / self.scale)
 
 
+def with_lora(hidden: Tensor, weight: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> tuple[Tensor, Tensor]:
+    """([h, scaling h A^T], [W, B]): the head h (W + scaling B A)^T as one product, exactly; for every fused function.
+
+    hidden [N, D], weight [V, D], A [r, D], B [V, r] -> [N, D + r], [V, D + r]. Differentiable in all four. It copies
+    the weight, and a trained B makes the gradient of the whole [V, D + r], of which autograd keeps a part: 3 products.
+    """
+    if A.shape != (B.shape[1], hidden.shape[1]) or B.shape[0] != weight.shape[0]:
+        expected = f"[r, D = {hidden.shape[1]}] and [V = {weight.shape[0]}, r]"
+        raise ValueError(f"A and B must be {expected}; got {tuple(A.shape)}, {tuple(B.shape)}")
+    return torch.cat([hidden, scaling * (hidden @ A.t())], dim=1), torch.cat([weight, B.to(weight.dtype)], dim=1)
+
+
 AtHead = Callable[[Tensor, Head], Any]  # (last hidden states [B, L, D] after the final norm, head) -> anything
 
 
@@ -57,7 +70,10 @@ def head_of(model: nn.Module) -> Head:
     model = causal_lm(model)
     output = model.get_output_embeddings()
     if any("lora_" in name for name, _ in output.named_parameters()):
-        raise ValueError("the output head has adapters, which would be ignored: leave it out of target_modules")
+        raise ValueError(
+            "the output head has adapters, which would be ignored: leave it out of target_modules, or call the fused "
+            "functions with ipvrm_core.with_lora"
+        )
     config = model.config.get_text_config()
     softcap, scale = getattr(config, "final_logit_softcapping", None), _scale(config)
     if scale != 1 and softcap:

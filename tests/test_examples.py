@@ -56,14 +56,21 @@ def test_the_loss_of_given_logits():
 
 def test_losses_of_other_papers():
     """At the old policy both are the plain policy gradient, over tokens and over answers; main has one a little off."""
-    assert [gradient.abs().amax(1).gt(0).sum() >= 10 for _, gradient in own_loss.main().values()] == [True, True]
+    assert [gradient.abs().amax(1).gt(0).sum() >= 10 for _, gradient in own_loss.main().values()] == [True] * 3
     lengths_B, advantages_B = torch.tensor([3, 5, 4, 6]), torch.tensor([1.0, -1.0, 0.5, -0.5])
     hidden, weight = torch.randn(18, 32, requires_grad=True), torch.randn(1000, 32)
     tokens_N = torch.randint(1000, (18,))
     new_N = (hidden @ weight.T).log_softmax(-1).gather(1, tokens_N[:, None])[:, 0]
     given, weights_N = (hidden, weight, tokens_N, new_N.detach()), advantages_B.repeat_interleave(lengths_B)
     by_answer_N = weights_N / (4 * lengths_B.repeat_interleave(lengths_B))
+    logits = hidden @ weight.T
+    top_NK = logits.detach().topk(5).indices
+    teacher_NK, student_NK = torch.randn(18, 5).log_softmax(-1), logits.gather(1, top_NK).log_softmax(-1)
+    reverse = (student_NK.exp() * (student_NK - teacher_NK)).sum() / 18
+    forward = (teacher_NK.exp() * (teacher_NK - student_NK)).sum() / 18
     for loss, plain in (
+        (own_loss.distill(hidden, weight, top_NK, teacher_NK), reverse),
+        (own_loss.distill(hidden, weight, top_NK, teacher_NK, "forward"), forward),
         (own_loss.cispo(*given, weights_N), -(weights_N * new_N).mean()),
         (own_loss.gspo(*given, advantages_B, lengths_B), -(by_answer_N * new_N).sum()),
     ):

@@ -63,9 +63,12 @@ RULES = {  # the longest matching path decides
     "ipvrm_core/objectives": Rule(
         ("torch", *(f"ipvrm_core.{name}" for name in ("packing", "registry", "sequences", "objectives")))
     ),
-    "ipvrm_core/fused/triton_rows.py": Rule(  # itself imported lazily
-        ("torch", "ipvrm_core.fused", "ipvrm_core.types", "ipvrm_core.kernels")
-    ),
+    **{
+        f"ipvrm_core/fused/{name}.py": Rule(  # themselves imported lazily
+            ("torch", "ipvrm_core.fused", "ipvrm_core.types", "ipvrm_core.kernels")
+        )
+        for name in ("triton_rows", "sharded_triton_rows")
+    },
     "ipvrm_core/integrations": Rule(
         ("torch", "einops", "ipvrm_core"), lazily=ANY, refused=("ipvrm_core.kernels", *OTHERS)
     ),

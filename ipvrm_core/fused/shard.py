@@ -42,8 +42,11 @@ class VocabularyShard(NamedTuple):
     def of(cls, weight: Tensor, group: dist.ProcessGroup | None = None) -> Self:
         """Of this rank's rows of the head [V_r, D], which follow those of the ranks before it. Collective; waits.
 
-        group: None is the default one. RuntimeError where torch.distributed is not initialised.
+        group: None is that of a DTensor's mesh, or the default one. RuntimeError where torch.distributed is not
+        initialised.
         """
+        if hasattr(weight, "to_local"):
+            group, weight = group or weight.device_mesh.get_group(), weight.to_local()
         group = group or dist.group.WORLD
         if group is None:
             raise RuntimeError("a vocabulary shard needs torch.distributed.init_process_group; it was not called")

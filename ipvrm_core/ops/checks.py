@@ -17,6 +17,29 @@ from ipvrm_core.fused.transform import LogitTransform
 _check_values: ContextVar[bool] = ContextVar("ipvrm_check_values", default=False)
 
 
+def local_parts(
+    hidden: Tensor, weight: Tensor | None, bias: Tensor | None, shard: VocabularyShard | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """DTensors as this rank's own: whole on every rank, or with a shard split by its rows. ValueError for others."""
+    return (
+        _local("hidden", hidden, None),
+        None if weight is None else _local("weight", weight, shard),
+        None if bias is None else _local("bias", bias, shard),
+    )
+
+
+def _local(name: str, x: Tensor, shard: VocabularyShard | None) -> Tensor:
+    if not hasattr(x, "to_local"):
+        return x
+    split = shard is not None and len(x.placements) == 1 and x.placements[0].is_shard(0)
+    if not split and not all(placement.is_replicate() for placement in x.placements):
+        raise ValueError(
+            f"{name} must be whole on every rank, or split by its rows with shard=VocabularyShard.of(weight) where all "
+            f"ranks have the same rows of hidden; got a DTensor placed as {x.placements}: gather it with full_tensor()"
+        )
+    return x.to_local()
+
+
 def check_head(hidden: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[int, int]:
     """(N, V). With weight=None `hidden` is the logits [N, V]."""
     name, letters = ("logits", "[N, V]") if weight is None else ("hidden", "[N, D]")

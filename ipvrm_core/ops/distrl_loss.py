@@ -69,6 +69,7 @@ def distrl_loss_from_logits(
 
 def _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes, shard=None, inplace=False) -> PolicyLossOutput:
     config = config or PolicyLossConfig()
+    hidden, weight, bias = checks.local_parts(hidden, weight, bias, shard)
     N, V = checks.check_head(hidden, weight, bias)
     V, packed = checks.checked_shard(shard, backend, V)
     checks.check_ids("ids_NS", batch.ids_NS, (N, None), V, hidden)

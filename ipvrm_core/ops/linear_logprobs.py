@@ -57,6 +57,7 @@ def logprobs_from_logits(
 
 
 def _run(hidden, weight, bias, ids, near, temperature, softcap, backend, max_buffer_bytes, shard=None) -> LogProbs:
+    hidden, weight, bias = checks.local_parts(hidden, weight, bias, shard)
     N, V = checks.check_head(hidden, weight, bias)
     V, packed = checks.checked_shard(shard, backend, V)
     checks.check_ids("ids", ids, (N, None), V, hidden)

@@ -66,8 +66,10 @@ def on_policy_distrl_loss(
     Source: the paper, sections 3 and 4.
     """
     config = config or PolicyLossConfig()
+    hidden, weight, bias = checks.local_parts(hidden, weight, bias, shard)
     N, V = checks.check_head(hidden, weight, bias)
     V = checks.checked_shard(shard, backend, V)[0]
+    reward_hidden, reward_weight, reward_bias = checks.local_parts(reward_hidden, reward_weight, reward_bias, shard)
     M, W = checks.check_head(reward_hidden, reward_weight, reward_bias)
     if M != N or len(weight) != W:
         raise ValueError(f"the reward model must have the rows and vocabulary {(N, len(weight))}; got {(M, W)}")

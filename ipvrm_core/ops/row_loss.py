@@ -60,6 +60,7 @@ def row_loss_from_logits(
 
 
 def _run(hidden, weight, bias, ids, fn, near, temperature, softcap, backend, max_buffer_bytes, shard=None) -> Tensor:
+    hidden, weight, bias = checks.local_parts(hidden, weight, bias, shard)
     N, V = checks.check_head(hidden, weight, bias)
     V = checks.checked_shard(shard, backend, V)[0]
     checks.check_ids("ids", ids, (N, None), V, hidden)

@@ -75,6 +75,7 @@ def select_candidates_from_logits(
 def _run(
     hidden, weight, bias, sampled_ids, rule, temperature, softcap, backend, max_buffer_bytes, shard=None
 ) -> Candidates:
+    hidden, weight, bias = checks.local_parts(hidden, weight, bias, shard)
     N, V = checks.check_head(hidden, weight, bias)
     V, packed = checks.checked_shard(shard, backend, V)
     checks.check_ids("sampled_ids", sampled_ids, (N,), V, hidden)

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
+import ipvrm_core as ic
 from ipvrm_core import PolicyLossConfig, linear_logprobs
 from ipvrm_core.heads import Head, at_forward, attach, causal_lm, head_of
 from tests.sizes import SIZES
@@ -98,6 +99,21 @@ def test_adapters_in_the_layers_are_active_and_on_the_head_refused():
     with_head = get_peft_model(make(), LoraConfig(target_modules=["lm_head"]))
     with pytest.raises(ValueError, match="output head has adapters"):
         head_of(with_head)
+
+
+def test_lora_on_the_head_is_one_product():
+    """W + s B A by autograd, in float64: values and all four gradients."""
+    shapes = (7, 5), (30, 5), (2, 5), (30, 2)
+    given = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    hidden, weight, A, B = given
+    ids, results = torch.randint(30, (7, 3)), []
+    for head in (ic.with_lora(*given, 0.5), (hidden, weight + 0.5 * B @ A)):
+        loss = ic.linear_logprobs(*head, ids).logprobs_NK.square().sum()
+        results.append([loss.detach(), *torch.autograd.grad(loss, given)])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(ValueError, match=r"A and B must be \[r, D = 5\] and \[V = 30, r\]; got \(2, 5\), \(29, 2\)"):
+        ic.with_lora(hidden, weight, A, B[1:])
 
 
 def test_the_loss_has_the_scale_in_its_temperature():

@@ -8,6 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import ipvrm_core as ic
 from ipvrm_core.dispatch import why_no_triton
@@ -91,7 +93,28 @@ def _rank(rank: int, world: int, port: int, dtype: torch.dtype) -> None:
                 atol=TOLERANCE[dtype],
                 msg=lambda m: f"{name}, output {i}: {m}",  # noqa: B023
             )
+        if name == "everything":
+            _as_dtensors(problem, config, want[0])
     dist.destroy_process_group()
+
+
+def _as_dtensors(problem: Problem, config: ic.PolicyLossConfig, loss: torch.Tensor) -> None:
+    """Whole on every rank, or split by rows with a shard; split without one is refused."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    given = {"bias": problem.bias.detach()}
+
+    def run(placement, **options) -> torch.Tensor:
+        weight = distribute_tensor(problem.weight.detach(), mesh, [placement])
+        if "shard" in options:
+            options["shard"] = ic.VocabularyShard.of(weight)
+            first = options["shard"].first
+            given["bias"] = problem.bias.detach()[first : first + len(weight.to_local())]
+        return ic.distrl_loss(problem.hidden, weight, problem.batch, config, **given, **options).loss
+
+    torch.testing.assert_close(run(Replicate()).detach(), loss, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match=r"weight must be whole on every rank.*Shard\(dim=0\).*full_tensor"):
+        run(Shard(0))
+    torch.testing.assert_close(run(Shard(0), shard=True).detach(), loss, rtol=1e-5, atol=1e-5)
 
 
 CASES = [(torch.float32, 3)] if TRITON else [(torch.float32, 2), (torch.float64, 3)]
