@@ -106,20 +106,21 @@ LARGE, LITTLE = "Qwen3-8B", "Qwen3-0.6B"
 CANDIDATES, LOGPROB = "old policy, candidates", "old policy, log-prob"
 BOTH = ("select_candidates", "linear_logprobs")
 TARGETS = [
-    Target("8B, frozen: at least 88% of the cuBLAS rate on 2 products", cublas(LARGE, True, 0.88)),
+    Target("8B, frozen: at least 93% of the cuBLAS rate on 2 products", cublas(LARGE, True, 0.93)),
     Target("8B, frozen: at most 0.5 GB extra", extra_bytes(LARGE, 0.5e9)),
     Target("8B, frozen: at least 1.25x faster than eager", faster(LARGE, EAGER, 1.25)),
     Target("8B, frozen: at least 30x less memory than eager", less_memory(LARGE, 30)),
-    Target("0.6B, frozen: at least 80% of the cuBLAS rate on 2 products", cublas(LITTLE, True, 0.80)),
+    Target("0.6B, frozen: at least 76% of the cuBLAS rate on 2 products", cublas(LITTLE, True, 0.76)),
+    Target("1B, frozen: at least 86% of the cuBLAS rate on 2 products", cublas("Llama-3.2-1B", True, 0.86)),
     Target("0.6B, frozen: at least 2x faster than eager", faster(LITTLE, EAGER, 2.0)),
-    Target("8B, trained: at least 85% of the cuBLAS rate on 3 products", cublas(LARGE, False, 0.85)),
+    Target("8B, trained: at least 92% of the cuBLAS rate on 3 products", cublas(LARGE, False, 0.92)),
     Target(
         "8B: old-policy pass with candidates at most 5% over log-prob alone",
         overhead(LARGE, CANDIDATES, LOGPROB, 0.05, "time"),
         BOTH,
     ),
     Target(
-        "8B, frozen: DistRL at most 3% slower than GRPO", overhead(LARGE, "loss, DistRL", "loss, GRPO", 0.03, "time")
+        "8B, frozen: DistRL at most 1% slower than GRPO", overhead(LARGE, "loss, DistRL", "loss, GRPO", 0.01, "time")
     ),
     Target(
         "8B, frozen: DistRL at most 1% more memory than GRPO",

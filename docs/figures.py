@@ -241,7 +241,7 @@ def draw_chunk(path: Path) -> None:
     draw_box(axis, (16, 37, 9, 6), "W  [V, D]", LIGHT)
     draw_box(axis, (31, 34, 33, 6), "z: logits of n rows  [n, V]", YELLOW)
     draw_box(axis, (40, 24.5, 15, 5), "2  row kernel", "white", rounded=True)
-    draw_box(axis, (31, 14, 33, 6), "dz = dLoss/dz, written over z  [n, V]", YELLOW)
+    draw_box(axis, (31, 14, 33, 6), "dz = dLoss/dz / scale  [n, V]", YELLOW)
     draw_rows(axis, 88, "dh  [N, D]", SKY)
     draw_box(axis, (75, 3, 9, 6), "dW  [V, D]", LIGHT)
     draw_box(axis, (4, 2, 60, 7), f"[N, V] never exists: {sizes()}", "white", dashed=True)
@@ -260,7 +260,7 @@ def draw_chunk(path: Path) -> None:
         ((31.5, 27), (39.4, 27), "", (0, 0)),
         ((55.6, 27), (65.3, 27), "", (0, 0)),
         ((47.5, 23.9), (47.5, 20.4), "", (0, 0)),
-        ((64.4, 18), (87.6, 30), "3  dh = dz W", (76.5, 20.5)),
+        ((64.4, 18), (87.6, 30), "3  dh = scale dz W", (76.5, 20.5)),
         ((64.4, 15.5), (74.6, 8), "4  dW += dz\u1d40 h,\n    if W is trained", (72.5, 13)),
     ):
         axis.add_patch(
@@ -271,9 +271,9 @@ def draw_chunk(path: Path) -> None:
 
 
 def sizes(rows: int = 16384, vocabulary: int = 151936, buffer: int = 416 << 20) -> str:
-    """In float32. The chunk is as long as the default buffer on a GPU lets it be, in steps of 64 rows."""
-    n = buffer // (4 * vocabulary) // 64 * 64
-    whole, chunk = (4 * vocabulary * count / 2**30 for count in (rows, n))
+    """In float32 with its gradient in bfloat16; a chunk is what the default buffer of a GPU holds, by 128 rows."""
+    n = buffer // (6 * vocabulary) // 128 * 128
+    whole, chunk = (6 * vocabulary * count / 2**30 for count in (rows, n))
     return f"{whole:.1f} GiB for N = {rows}, V = {vocabulary};\na chunk of n = {n} rows takes {chunk:.1f} GiB"
 
 

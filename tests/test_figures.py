@@ -65,5 +65,5 @@ def test_it_draws(tmp_path):
 
 
 def test_the_chunk_of_the_picture_is_the_chunk_of_the_code():
-    n = rows_per_chunk(16384, 151936, 4, default_buffer_bytes(torch.device("cuda")))
+    n = rows_per_chunk(16384, 151936, 6, default_buffer_bytes(torch.device("cuda")))
     assert f"n = {n} rows" in figures.sizes()
