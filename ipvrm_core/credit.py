@@ -13,9 +13,9 @@ from ipvrm_core.estimators import TokenRewards
 from ipvrm_core.method import METHODS, Method
 from ipvrm_core.sequences.advantages import (
     answer_advantages,
+    candidate_advantages,
     center_on_candidates,
     sigma_v,
-    td_advantages,
     value_moments,
 )
 from ipvrm_core.sequences.groups import Groups, all_reduced
@@ -26,15 +26,17 @@ from ipvrm_core.sequences.values import prefix_values
 class Credit(NamedTuple):
     """credit_NS: A_t of the sampled token, then delta_t(v) of the candidates, which sigma_V has still to divide.
 
-    values_N: V of the sampled path, None without token rewards. sigma_V is theirs, over a scope that the method names.
+    values_N: V of the sampled path; sigma_V is theirs, over a scope that the method names. None without token rewards:
+    then there are no TD errors, and candidates, where they have credit, have it as an advantage already.
     """
 
     credit_NS: Tensor
     values_N: Tensor | None
 
-    def advantages(self, sigma: Tensor) -> Tensor:
+    def advantages(self, method: Method, sigma: Tensor) -> Tensor:
         """[N, S], what PolicyBatch takes."""
-        return torch.cat([self.credit_NS[:, :1], td_advantages(self.credit_NS[:, 1:], sigma)], dim=1)
+        candidates_NK = candidate_advantages(self.credit_NS[:, 1:], sigma, method.candidate_form)
+        return torch.cat([self.credit_NS[:, :1], candidates_NK], dim=1)
 
     def rows(self, index) -> "Credit":
         """The rows selected by a slice or an index tensor."""
@@ -58,9 +60,7 @@ def assign_credit(
     outcome_B = answer_advantages(rewards_B, groups_B, method.outcome, process_group)
     if delta_NS is None:
         return Credit(expand(outcome_B, cu_seqlens, len(ids_NS))[:, None], None)
-    if method.candidate_baseline == "mean" and delta_NS.shape[1] > 1:
-        centred_NK = center_on_candidates(delta_NS[:, 1:], ids_NS[:, 1:], old_logprobs_NS[:, 1:])
-        delta_NS = torch.cat([delta_NS[:, :1], centred_NK], dim=1)
+    delta_NS = torch.cat([delta_NS[:, :1], _of_candidates(delta_NS, ids_NS, old_logprobs_NS, method)], dim=1)
     if method.skip_last_token:
         delta_NS = delta_NS.index_fill(0, cu_seqlens[1:] - 1, 0.0)
     values_N = prefix_values(delta_NS[:, 0], cu_seqlens, beta=1.0)  # beta is in delta already
@@ -70,9 +70,20 @@ def assign_credit(
     return Credit(torch.cat([sampled_N[:, None], delta_NS[:, 1:]], dim=1), values_N)
 
 
+def _of_candidates(delta_NS: Tensor, ids_NS: Tensor, old_logprobs_NS: Tensor, method: Method) -> Tensor:
+    """The candidates' TD errors by the method's baseline and rows: [N, K]."""
+    delta_NK, ids_NK = delta_NS[:, 1:], ids_NS[:, 1 : delta_NS.shape[1]]
+    if method.candidate_baseline == "mean":
+        delta_NK = center_on_candidates(delta_NK, ids_NK, old_logprobs_NS[:, 1 : delta_NS.shape[1]])
+    if method.candidate_rows == "open":
+        delta_NK = torch.where((ids_NK >= 0).sum(1, keepdim=True) > 1, delta_NK, 0.0)
+    return delta_NK
+
+
 def batch_sigma(values_N: Tensor, method: Method, process_group=None) -> Tensor:
-    """sigma_V of these values, over all processes: 0-d."""
-    return sigma_v(all_reduced(value_moments(values_N), process_group), method.sigma_form)
+    """sigma_V of these values, over all processes and within the method's bounds: 0-d."""
+    sigma = sigma_v(all_reduced(value_moments(values_N), process_group), method.sigma_form)
+    return sigma.clamp(min=method.sigma_min, max=method.sigma_max)
 
 
 def distrl_advantages(
@@ -86,7 +97,7 @@ def distrl_advantages(
     *,
     process_group=None,
 ) -> Tensor:
-    """[N, S]: A_t = outcome + process_coef * process_t, then A_TD(v) = delta_t(v) / sigma_V; no gradient.
+    """[N, S]: A_t = outcome + process_coef * process_t, then A_TD(v), in `paper` delta_t(v) / sigma_V; no gradient.
 
     delta_NS from `linear_td_errors` at the slots of `select_candidates`. rewards_B: 0/1 outcomes. groups_B: the prompt
     of each answer, integers or a list of uids. method: a Method, or the name of one of METHODS. sigma_V and all other
@@ -97,4 +108,4 @@ def distrl_advantages(
     with torch.no_grad():
         rest = rewards_B, cu_seqlens, groups_B, method, process_group
         credit = assign_credit(delta_NS, ids_NS, old_logprobs_NS, *rest)
-        return credit.advantages(batch_sigma(credit.values_N, method, process_group))
+        return credit.advantages(method, batch_sigma(credit.values_N, method, process_group))

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ipvrm_core.trainer.data.example import Example
-from ipvrm_core.trainer.evaluation.reward_model.candidate_credit import candidate_credit, true_tokens
+from ipvrm_core.trainer.evaluation.reward_model.candidate_credit import candidate_credit
 from ipvrm_core.trainer.sampling.base import Sample
 
 

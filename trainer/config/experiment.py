@@ -83,6 +83,8 @@ class Config(Section):
                 )
             if rl.reward_model:
                 self._check_use(name, rl)
+            if rl.credit == "oracle" and not self.task:
+                raise ValueError(f"rl.{name}.credit = 'oracle' needs a built-in task, which knows the truth: data.task")
         for name in [*self.rm, *self.rl]:
             if not NAME.fullmatch(name):
                 raise ValueError(

@@ -42,9 +42,11 @@ def assign(
     objective: Objective | None,
     ref_logprobs_N: Tensor | None = None,
     reference: LanguageModel | None = None,
+    truth: bool = False,
 ) -> BatchCredit:
-    """TD errors of all slots by the reward model, then `assign_credit`.
+    """TD errors of all slots by the reward model, then `assign_credit`; or the truth as the candidates' credit.
 
+    truth: A = 1 for the token that the task demands, -1 for the others, 0 where it demands none, in place of A_TD.
     ref_logprobs_N: of the starting policy, for an estimator that makes its own token rewards without a reward model.
     reference: the starting policy itself, for td_reference = "sft".
     """
@@ -54,13 +56,22 @@ def assign(
         delta_NS = td_errors(reward_model, objective, batch, old, against)
     elif estimators.find(method.estimator).token_rewards == "own":
         delta_NS = (old.logprobs_N - ref_logprobs_N)[:, None]
-    S = 1 if delta_NS is None or not method.alpha else delta_NS.shape[1]
+    S = old.candidates.ids_NS.shape[1] if truth else 1 if delta_NS is None or not method.alpha else delta_NS.shape[1]
     ids_NS, old_NS = old.candidates.ids_NS[:, :S], old.candidates.logprobs_NS[:, :S]
     used_NS = None if delta_NS is None else delta_NS[:, :S]
     given = ids_NS, old_NS, batch.rewards_B, old.cu_seqlens, batch.groups_B, method
     credit = assign_credit(used_NS, *given)
+    if truth:
+        true_NK = true_advantages(batch.due_N, ids_NS[:, 1:])
+        credit = Credit(torch.cat([credit.credit_NS[:, :1], true_NK], dim=1), None)
     numbers = old.numbers if reward_model is None else {**old.numbers, **_numbers(method, batch, old, delta_NS, credit)}
     return BatchCredit(credit, ids_NS, old_NS, old.cu_seqlens, numbers)
+
+
+def true_advantages(due_N: Tensor, ids_NK: Tensor) -> Tensor:
+    """1 for the due token, -1 for other candidates, 0 where no token is due and at padding: [N, K]."""
+    due_NK = due_N[:, None]
+    return torch.where((due_NK >= 0) & (ids_NK >= 0), torch.where(ids_NK == due_NK, 1.0, -1.0), 0.0)
 
 
 def td_errors(
@@ -94,8 +105,22 @@ def _numbers(method: Method, batch: Collected, old: OldPolicy, delta_NS: Tensor,
     }
     if credit.credit_NS.shape[1] > 1:
         shown_NK = old.candidates.ids_NS[:, 1 : credit.credit_NS.shape[1]] >= 0
-        numbers["candidate_td_std"] = _std((credit.credit_NS[:, 1:] / sigma)[shown_NK])
+        numbers["candidate_td_std"] = _std(credit.advantages(method, sigma)[:, 1:][shown_NK])
+    if batch.due_N is not None and delta_NS.shape[1] > 1:
+        numbers |= _credit_numbers(batch.due_N, old, delta_NS[:, 1:])
     return {name: value for name, value in numbers.items() if value == value}  # nan: there is nothing to say
+
+
+def _credit_numbers(due_N: Tensor, old: OldPolicy, delta_NK: Tensor) -> dict[str, float]:
+    """Where several candidates stand and the due token is one: how often its TD error, its probability is largest."""
+    ids_NK, old_NK = old.candidates.ids_NS[:, 1:], old.candidates.logprobs_NS[:, 1:]
+    open_N = (due_N >= 0) & (old.candidates.counts_N > 1) & (ids_NK == due_N[:, None]).any(1)
+
+    def right(score_NK: Tensor) -> float:
+        best_N1 = score_NK.masked_fill(ids_NK < 0, -torch.inf).argmax(1, keepdim=True)
+        return (ids_NK.gather(1, best_N1)[:, 0] == due_N)[open_N].float().mean().item()
+
+    return {"credit_open": open_N.float().mean().item(), "credit": right(delta_NK), "credit_policy": right(old_NK)}
 
 
 def _std(values: Tensor) -> float:
