@@ -55,7 +55,7 @@ def candidate_advantages(delta_NK: Tensor, sigma: Tensor, form: CandidateForm = 
 
     sigma_v (paper): x.  clipped: x within [-1, 1].  tanh: tanh(x).  sign: sign(x).
     soft_threshold: sign(x) max(|x| - 1, 0), so sigma is what an error must exceed.
-    largest: delta_t(v) / max_w |delta_t(w)| of the position, within [-1, 1] whatever the spread of V; 0 where all are 0.
+    largest: delta_t(v) / max_w |delta_t(w)| of the position, within [-1, 1] whatever V's spread; 0 where all are 0.
     All but the first are ours. A padded slot must hold 0, and stays 0.
     """
     if form == "largest":

@@ -31,7 +31,11 @@ TABLE = {
     "estimator": ("gae", "gae"),
     "gamma": (1.0, 1.0),
     "lam": (1.0, 1.0),
-    "candidate_baseline": ("none", "none"),  # ours
+    "candidate_baseline": ("none", "none"),  # ours, as the next four
+    "candidate_rows": ("all", "all"),
+    "candidate_form": ("sigma_v", "sigma_v"),
+    "sigma_min": (0.0, 0.0),
+    "sigma_max": (None, None),
     "alpha": (0.1, 0.1),
     "clip_low": (0.20, 0.20),
     "clip_high": (0.28, 0.28),

@@ -8,6 +8,7 @@ import torch
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.evaluation.reward_model.candidate_credit import candidate_credit
 from ipvrm_core.trainer.sampling.base import Sample
+from ipvrm_core.trainer.truth import due_tokens
 
 
 class _Table(torch.nn.Module):
@@ -49,12 +50,11 @@ def test_due_tokens_by_hand(tiny_experiment):
     """2+3? asks for 2+3=5;#5 (";" just ends a step). Steps after a wrong digit go by what it states."""
     experiment = tiny_experiment()
     example = Example("x", "2+3?", "5")
-    prompt = experiment.text.prompt_ids(example)
     ids = experiment.text.answer_ids("2+3=5;#5")
     pad = experiment.text.tokenizer.pad_token_id
 
     def due(response: list[int]) -> list[int]:
-        return true_tokens(experiment, [example], [Sample(prompt, response, [], True)]).tolist()
+        return due_tokens(experiment.task, experiment.text, [example], [response]).tolist()
 
     due_digits = due(ids)
     assert [due_digits[t] for t in (2, 4, 7)] == [ids[2], ids[4], ids[7]]
