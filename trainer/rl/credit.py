@@ -46,9 +46,8 @@ def assign(
 ) -> BatchCredit:
     """TD errors of all slots by the reward model, then `assign_credit`; or the truth as the candidates' credit.
 
-    truth: A = 1 for the token that the task demands, -1 for the others, 0 where it demands none, in place of A_TD.
     ref_logprobs_N: of the starting policy, for an estimator that makes its own token rewards without a reward model.
-    reference: the starting policy itself, for td_reference = "sft".
+    reference: the starting policy itself, for td_reference = "sft". truth: `true_advantages` in place of A_TD.
     """
     delta_NS = None
     if reward_model is not None:
