@@ -105,6 +105,20 @@ def test_candidate_credit_measures_the_advantage_not_the_probability(tiny_experi
     assert result == {"positions": 2, "chance": 0.5, "policy": 0.0, "less": 1.0, "more": 0.0}
 
 
+def test_fixed_positions_with_another_reference(tiny_experiment):
+    """Positions are where the policy has candidates, a later one has none; TD errors are against the later one."""
+    experiment = tiny_experiment()
+    examples = [Example("a", "2+3?", "5")]
+    samples = [Sample(experiment.text.prompt_ids(examples[0]), experiment.text.answer_ids("2+3=5;#5"), [], True)]
+    policy, sure, model = (_table(experiment, _digits(experiment, prefer)) for prefer in (None, "4", "4"))
+    given = experiment, policy, {"model": model}, examples, samples
+    assert candidate_credit(experiment, sure, {}, examples, samples) == {"positions": 0}
+    fixed = candidate_credit(*given)
+    assert (fixed["positions"], fixed["model"]) == (2, 0.0)  # beside the policy it prefers "4"
+    later = _table(experiment, lambda row: 2 * _digits(experiment, "4")(row))
+    assert candidate_credit(*given, reference=later)["model"] == 1.0  # beside one that prefers "4" twice as much, "5"
+
+
 def test_candidate_credit_without_positions(tiny_experiment):
     experiment = tiny_experiment()
     example = Example("a", "2+3?", "5")

@@ -23,11 +23,12 @@ def candidate_credit(
     examples: Sequence[Example],
     samples: Sequence[Sample],
     p_min: float = 0.1,
-    reference: bool = True,
+    reference: LanguageModel | bool = True,
 ) -> dict[str, float]:
     """Shares over the qualifying positions: {"positions": count, "chance", "policy", "<reward model>", ...}.
 
-    reference: the reward models' scores are log-ratios to the policy, else log-probs alone.
+    policy: whose candidates say which positions qualify. reference: the reward models' scores are log-ratios to the
+    policy, or to another one, so that positions stay fixed while it learns; False: log-probs alone.
     """
     answers = [Answer(sample.prompt_ids, sample.response_ids) for sample in samples]
     candidates = policy.candidates(answers, p_min)
@@ -48,7 +49,11 @@ def candidate_credit(
         "chance": (1 / candidates.counts_N[usable_N]).mean().item(),
         "policy": share(old_NK),
     }
+    against_NK = old_NK
+    if reference is False:
+        against_NK = torch.zeros_like(old_NK)
+    elif isinstance(reference, LanguageModel):
+        against_NK = reference.slot_logprobs(answers, all_NK)
     for name, model in reward_models.items():
-        score_NK = model.slot_logprobs(answers, all_NK)
-        result[name] = share(score_NK - old_NK if reference else score_NK)
+        result[name] = share(model.slot_logprobs(answers, all_NK) - against_NK)
     return result
