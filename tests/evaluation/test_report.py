@@ -93,7 +93,7 @@ def policy(run: Path, name: str, with_model: bool) -> None:
             "new_quantity": float(step),
         }
         if with_model:
-            row |= {"sigma_v": 20 + noise.gauss(0, 1), "rm_accuracy": 0.8, "process_std": 4.6}
+            row |= {"sigma_v": 20 + noise.gauss(0, 1), "rm_accuracy": 0.8, "process_std": 4.6, "credit": 0.9}
             row |= {"rm_auc": 0.8} if step % 7 else {}  # an unmixed batch has no AUC
         rows.append(row)
     write_metrics(run / "rl" / name, rows)
@@ -190,6 +190,11 @@ def test_whole_run_shows_every_number(config, whole):
         "qwen3 decoder from random weights, 2 layers × 128, float32. Trained on chain (min_ops = 4, max_ops = 8)"
         in text
     )
+
+
+def test_the_report_says_which_policy_had_perfect_credit(config):
+    assert tables.method(config, "oracle") == "DistRL with perfect credit, no reward model, α = 1"
+    assert "perfect" not in tables.method(config, "distrl") + tables.method(config, "grpo")
 
 
 def test_change_to_the_start_is_judged_by_its_standard_error(config, tmp_path):
