@@ -53,6 +53,22 @@ def test_the_truth_as_credit():
     assert torch.equal(rows.ids_NS, old.candidates.ids_NS)
 
 
+@pytest.mark.parametrize(
+    ("errors", "share"),
+    [
+        ([-1.0, 1.0], 1.0),  # the truth itself: 8 is due
+        ([0.0, 2.0], 0.176 / 0.208),  # a constant moves the mass of C: g = (-.24, .32), g* = (-.36, .28)
+        ([0.5, -0.5], -0.5),
+    ],
+)
+def test_the_share_of_perfect_credit(errors, share):
+    """p = (.6, .2), A* = (-1, 1): sum -.4, g* = (.6 * -.6, .2 * 1.4). For A = (0, 2): sum .4, g = (-.24, .32)."""
+    _, old = two_short_answers()
+    given = torch.tensor([errors, [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    gain = crediting.credit_gain(given, torch.tensor([8, -1, -1, -1]), old)
+    assert gain == pytest.approx(share)
+
+
 def test_how_often_the_credit_is_right(monkeypatch):
     """Two open positions, 8 and 7 due: TD errors prefer 6 and 7, the policy, .6 against .2, prefers 6 and 7."""
     batch, old = two_short_answers()

@@ -103,11 +103,27 @@ def _numbers(method: Method, batch: Collected, old: OldPolicy, delta_NS: Tensor,
         "process_std": _std(credit.credit_NS[:, 0] - outcome_N),
     }
     if credit.credit_NS.shape[1] > 1:
-        shown_NK = old.candidates.ids_NS[:, 1 : credit.credit_NS.shape[1]] >= 0
-        numbers["candidate_td_std"] = _std(credit.advantages(method, sigma)[:, 1:][shown_NK])
+        given_NK = credit.advantages(method, sigma)[:, 1:]
+        numbers["candidate_td_std"] = _std(given_NK[old.candidates.ids_NS[:, 1:] >= 0])
+        if batch.due_N is not None:
+            numbers["credit_gain"] = credit_gain(given_NK, batch.due_N, old)
     if batch.due_N is not None and delta_NS.shape[1] > 1:
         numbers |= _credit_numbers(batch.due_N, old, delta_NS[:, 1:])
     return {name: value for name, value in numbers.items() if value == value}  # nan: there is nothing to say
+
+
+def credit_gain(given_NK: Tensor, due_N: Tensor, old: OldPolicy) -> float:
+    """<g(A), g(A*)> / <g(A*), g(A*)> over the batch, A* = `true_advantages`: the share of perfect credit's step that is
+    in these advantages, by size and direction. g_v = pi_old(v) (A_v - sum_C pi_old A): the logits' gradient on C_t.
+    """
+    ids_NK = old.candidates.ids_NS[:, 1:]
+    mass_NK = torch.where(ids_NK >= 0, old.candidates.logprobs_NS[:, 1:].exp(), 0.0)
+
+    def gradient(advantages_NK: Tensor) -> Tensor:
+        return mass_NK * (advantages_NK - (mass_NK * advantages_NK).sum(1, keepdim=True))
+
+    true_NK = gradient(true_advantages(due_N, ids_NK)) * (due_N >= 0)[:, None]
+    return ((gradient(given_NK) * true_NK).sum() / true_NK.square().sum()).item()
 
 
 def _credit_numbers(due_N: Tensor, old: OldPolicy, delta_NK: Tensor) -> dict[str, float]:
