@@ -12,6 +12,7 @@ from ipvrm_core import estimators
 from ipvrm_core.estimators import TokenRewards
 from ipvrm_core.method import METHODS, Method
 from ipvrm_core.sequences.advantages import (
+    agreement_advantages,
     answer_advantages,
     candidate_advantages,
     center_on_candidates,
@@ -24,7 +25,8 @@ from ipvrm_core.sequences.values import prefix_values
 
 
 class Credit(NamedTuple):
-    """credit_NS: A_t of the sampled token, then delta_t(v) of the candidates, which sigma_V has still to divide.
+    """credit_NS: A_t of the sampled token, then delta_t(v) of the candidates, which sigma_V has still to divide (or,
+    with candidate_form = "agreement", their advantages).
 
     values_N: V of the sampled path; sigma_V is theirs, over a scope that the method names. None without token rewards:
     then there are no TD errors, and candidates, where they have credit, have it as an advantage already.
@@ -52,15 +54,17 @@ def assign_credit(
     groups_B: Groups,
     method: Method,
     process_group=None,
+    beta: float | None = None,
 ) -> Credit:
     """A_t by the method's outcome and estimator, TD errors by its rules for the last token and the baseline.
 
     delta_NS: TD errors of the slots, or [N, 1] where only sampled tokens have a reward; None: there are none.
+    beta: of the TD errors, which then are against pi_old; candidate_form = "agreement" needs it.
     """
     outcome_B = answer_advantages(rewards_B, groups_B, method.outcome, process_group)
     if delta_NS is None:
         return Credit(expand(outcome_B, cu_seqlens, len(ids_NS))[:, None], None)
-    delta_NS = torch.cat([delta_NS[:, :1], _of_candidates(delta_NS, ids_NS, old_logprobs_NS, method)], dim=1)
+    delta_NS = torch.cat([delta_NS[:, :1], _of_candidates(delta_NS, ids_NS, old_logprobs_NS, method, beta)], dim=1)
     if method.skip_last_token:
         delta_NS = delta_NS.index_fill(0, cu_seqlens[1:] - 1, 0.0)
     values_N = prefix_values(delta_NS[:, 0], cu_seqlens, beta=1.0)  # beta is in delta already
@@ -70,11 +74,18 @@ def assign_credit(
     return Credit(torch.cat([sampled_N[:, None], delta_NS[:, 1:]], dim=1), values_N)
 
 
-def _of_candidates(delta_NS: Tensor, ids_NS: Tensor, old_logprobs_NS: Tensor, method: Method) -> Tensor:
-    """The candidates' TD errors by the method's baseline and rows: [N, K]."""
-    delta_NK, ids_NK = delta_NS[:, 1:], ids_NS[:, 1 : delta_NS.shape[1]]
+def _of_candidates(
+    delta_NS: Tensor, ids_NS: Tensor, old_logprobs_NS: Tensor, method: Method, beta: float | None
+) -> Tensor:
+    """The candidates' TD errors (or agreement) by the method's baseline and rows: [N, K]."""
+    own = slice(1, delta_NS.shape[1])
+    delta_NK, ids_NK, old_NK = delta_NS[:, own], ids_NS[:, own], old_logprobs_NS[:, own]
+    if method.candidate_form == "agreement" and method.alpha:
+        if beta is None:
+            raise ValueError("candidate_form = 'agreement' needs the beta of the TD errors; got None")
+        delta_NK = agreement_advantages(delta_NK, ids_NK, old_NK, beta)
     if method.candidate_baseline == "mean":
-        delta_NK = center_on_candidates(delta_NK, ids_NK, old_logprobs_NS[:, 1 : delta_NS.shape[1]])
+        delta_NK = center_on_candidates(delta_NK, ids_NK, old_NK)
     if method.candidate_rows == "open":
         delta_NK = torch.where((ids_NK >= 0).sum(1, keepdim=True) > 1, delta_NK, 0.0)
     return delta_NK
@@ -96,16 +107,18 @@ def distrl_advantages(
     method: Method | str = "paper",
     *,
     process_group=None,
+    beta: float | None = None,
 ) -> Tensor:
     """[N, S]: A_t = outcome + process_coef * process_t, then A_TD(v), in `paper` delta_t(v) / sigma_V; no gradient.
 
     delta_NS from `linear_td_errors` at the slots of `select_candidates`. rewards_B: 0/1 outcomes. groups_B: the prompt
     of each answer, integers or a list of uids. method: a Method, or the name of one of METHODS. sigma_V and all other
-    statistics are over this batch and, with process_group, those of its other processes.
+    statistics are over this batch and, with process_group, those of its other processes. beta: of the TD errors, for
+    candidate_form = "agreement".
     Source: the paper, sections 3 and 4; docs/method.md.
     """
     method = METHODS[method] if isinstance(method, str) else method
     with torch.no_grad():
-        rest = rewards_B, cu_seqlens, groups_B, method, process_group
+        rest = rewards_B, cu_seqlens, groups_B, method, process_group, beta
         credit = assign_credit(delta_NS, ids_NS, old_logprobs_NS, *rest)
         return credit.advantages(method, batch_sigma(credit.values_N, method, process_group))

@@ -40,9 +40,9 @@ class Method:
     lam: Annotated[float, "lambda of GAE, a further discount"] = 1.0
     candidate_baseline: Annotated[Literal["none", "mean"], "mean: centre A on the candidates; ours"] = "none"
     candidate_rows: Annotated[Literal["all", "open"], "open: A = 0 where a position has one candidate; ours"] = "all"
-    candidate_form: Annotated[CandidateForm, "of A: delta / sigma_V (paper), bounded, or a share of the largest"] = (
-        "sigma_v"
-    )
+    candidate_form: Annotated[
+        CandidateForm, "of A: delta / sigma_V (paper), bounded, of the largest; or 2 pi_phi - 1"
+    ] = "sigma_v"
     # policy loss
     alpha: Annotated[float, "weight of the candidates' loss; 0: sampled tokens alone"] = 0.1
     clip_low: Annotated[float, "the ratio of a sampled token is clipped at 1 - clip_low"] = 0.20

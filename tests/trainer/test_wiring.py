@@ -46,7 +46,7 @@ def test_the_truth_as_credit():
     """Token 8 is due at the first position, nothing at the second, at the third what is no candidate; no sigma_V."""
     batch, old = two_short_answers()
     batch = replace(batch, due_N=torch.tensor([8, -1, 9, 1]))
-    made = assign(PAPER, batch, old, None, None, truth=True)
+    made = assign(PAPER, batch, old, None, None, source="oracle")
     rows = make_policy_batch(PAPER, made, [0, 1], None)
     expected = torch.tensor([[1.0, -1.0, 1.0], [1.0, 0.0, 0.0], [-1.0, -1.0, -1.0], [-1.0, 0.0, 0.0]])
     assert torch.equal(rows.advantages_NS, expected)  # slot 0: r = 1, 0, standardised

@@ -84,10 +84,10 @@ class Rl(Section):
     preset: Literal["paper", "official"] = Field("paper", description="where method and batch start from")
     method: Annotated[dict[str, Any], Method] = Field({}, description="What differs from the preset.")
     batch: Batch = Batch()
-    credit: Literal["reward_model", "oracle"] = Field(
+    credit: Literal["reward_model", "oracle", "policy"] = Field(
         "reward_model",
-        description="of the candidates; oracle: 1 for the token that a built-in task demands, -1 for the others, "
-        "what perfect credit would give",
+        description="of the candidates. oracle: 1 for the token that a built-in task demands, -1 for the others: "
+        "perfect credit. policy: 2 pi_old - 1, which sharpens and knows nothing: what credit must beat",
     )
     seed: Annotated[int, Field(ge=0)] | None = Field(
         None,
@@ -119,9 +119,9 @@ class Rl(Section):
             raise ValueError(f"method.p_min must be at least {1 / MOST:g}; got {method.p_min}")
         candidate_slots(method.p_min, top_k=method.top_k)
         self._check_estimator(method)
-        if self.credit == "oracle" and (self.reward_model or not method.alpha):
+        if self.credit != "reward_model" and (self.reward_model or not method.alpha):
             raise ValueError(
-                "credit = 'oracle' needs method.alpha > 0 and no reward_model: the truth takes the place of its TD "
+                f"credit = {self.credit!r} needs method.alpha > 0 and no reward_model: it takes the place of its TD "
                 f"errors; got alpha = {method.alpha}, {'a' if self.reward_model else 'no'} reward_model"
             )
         method.loss_config(kl_coef=self.kl_coef, entropy_coef=self.entropy_coef)

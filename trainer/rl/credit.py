@@ -12,6 +12,7 @@ from ipvrm_core import estimators, prefix_values
 from ipvrm_core.credit import Credit, assign_credit, batch_sigma
 from ipvrm_core.method import Method
 from ipvrm_core.objectives import Objective
+from ipvrm_core.sequences.advantages import agreement_advantages
 from ipvrm_core.sequences.segments import expand
 from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.reward import auc, scores
@@ -42,12 +43,13 @@ def assign(
     objective: Objective | None,
     ref_logprobs_N: Tensor | None = None,
     reference: LanguageModel | None = None,
-    truth: bool = False,
+    source: str = "reward_model",
 ) -> BatchCredit:
-    """TD errors of all slots by the reward model, then `assign_credit`; or the truth as the candidates' credit.
+    """TD errors of all slots by the reward model, then `assign_credit`; or the candidates' credit without one.
 
     ref_logprobs_N: of the starting policy, for an estimator that makes its own token rewards without a reward model.
-    reference: the starting policy itself, for td_reference = "sft". truth: `true_advantages` in place of A_TD.
+    reference: the starting policy itself, for td_reference = "sft". source: "oracle" has `true_advantages` in place of
+    A_TD, "policy" the agreement of the policy with itself.
     """
     delta_NS = None
     if reward_model is not None:
@@ -55,14 +57,18 @@ def assign(
         delta_NS = td_errors(reward_model, objective, batch, old, against)
     elif estimators.find(method.estimator).token_rewards == "own":
         delta_NS = (old.logprobs_N - ref_logprobs_N)[:, None]
-    S = old.candidates.ids_NS.shape[1] if truth else 1 if delta_NS is None or not method.alpha else delta_NS.shape[1]
+    candidates = source != "reward_model" or (delta_NS is not None and method.alpha)
+    S = old.candidates.ids_NS.shape[1] if candidates else 1
     ids_NS, old_NS = old.candidates.ids_NS[:, :S], old.candidates.logprobs_NS[:, :S]
     used_NS = None if delta_NS is None else delta_NS[:, :S]
     given = ids_NS, old_NS, batch.rewards_B, old.cu_seqlens, batch.groups_B, method
-    credit = assign_credit(used_NS, *given)
-    if truth:
-        true_NK = true_advantages(batch.due_N, ids_NS[:, 1:])
-        credit = Credit(torch.cat([credit.credit_NS[:, :1], true_NK], dim=1), None)
+    credit = assign_credit(used_NS, *given, beta=None if objective is None else objective.beta)
+    if source != "reward_model":
+        if source == "oracle":
+            own_NK = true_advantages(batch.due_N, ids_NS[:, 1:])
+        else:  # the policy as its own reward model: delta = 0
+            own_NK = agreement_advantages(torch.zeros_like(old_NS[:, 1:]), ids_NS[:, 1:], old_NS[:, 1:], beta=1.0)
+        credit = Credit(torch.cat([credit.credit_NS[:, :1], own_NK], dim=1), None)
     numbers = old.numbers if reward_model is None else {**old.numbers, **_numbers(method, batch, old, delta_NS, credit)}
     return BatchCredit(credit, ids_NS, old_NS, old.cu_seqlens, numbers)
 

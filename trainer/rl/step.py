@@ -58,7 +58,7 @@ def rl_step(
     schedule = rl.reward_model.update if rl.reward_model else "none"
     rm_numbers = update_rm() if schedule == "before" else {}
     scorer = learner.reward_model, learner.objective, ref_N, learner.reference
-    credit = assign(method, batch, old, *scorer, rl.credit == "oracle")
+    credit = assign(method, batch, old, *scorer, rl.credit)
     policy_numbers = update_policy(
         learner.policy,
         learner.optimizers["policy"],
