@@ -12,6 +12,7 @@ from ipvrm_core.credit import distrl_advantages
 from ipvrm_core.method import Method
 from ipvrm_core.sequences.advantages import (
     CandidateForm,
+    agreement_advantages,
     candidate_advantages,
     center_on_candidates,
     gae,
@@ -295,6 +296,7 @@ X = [[3.0, -0.5, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]  # delta / sigma of two positi
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
+        ("agreement", [6.0, -1.0, 2.0, 0.0]),  # as given
         ("sigma_v", [3.0, -0.5, 1.0, 0.0]),
         ("clipped", [1.0, -0.5, 1.0, 0.0]),
         ("tanh", [0.9950547536867305, -0.46211715726000973, 0.7615941559557649, 0.0]),
@@ -315,8 +317,23 @@ def test_forms_of_the_candidates_advantages_by_hand(form, expected):
 
 
 def test_an_unknown_form_names_those_there_are():
-    with pytest.raises(ValueError, match=r"sigma_v, clipped, tanh, sign, soft_threshold, largest; got 'huge'"):
+    with pytest.raises(
+        ValueError, match=r"sigma_v, clipped, tanh, sign, soft_threshold, largest, agreement; got 'huge'"
+    ):
         candidate_advantages(torch.ones(1, 1), torch.tensor(1.0), "huge")
+
+
+def test_agreement_needs_beta_and_is_the_reward_models_probability():
+    """beta 4, delta = (4 log 1.5, -4 log 2): pi_phi = .6 * 1.5 = .9 and .2 / 2 = .1, so A = .8 and -.8."""
+    ids, logp = torch.tensor([[3, 3, 7, -1]]), torch.tensor([[0.6, 0.6, 0.2, 1.0]], dtype=torch.float64).log()
+    delta = 4 * torch.tensor([[1.5, 1.5, 0.5, 9.0]], dtype=torch.float64).log()
+    got = agreement_advantages(delta[:, 1:], ids[:, 1:], logp[:, 1:], 4.0)
+    torch.testing.assert_close(got, f64(0.8, -0.8, 0.0)[None], rtol=0, atol=1e-12)
+    rest = torch.ones(1), torch.tensor([0, 1]), torch.tensor([0])
+    with pytest.raises(ValueError, match="needs the beta of the TD errors; got None"):
+        distrl_advantages(delta, ids, logp, *rest, Method(candidate_form="agreement"))
+    whole = distrl_advantages(delta, ids, logp, *rest, Method(candidate_form="agreement"), beta=4.0)
+    torch.testing.assert_close(whole[:, 1:], got)
 
 
 @pytest.mark.parametrize("form", get_args(CandidateForm))
@@ -330,10 +347,12 @@ def test_credit_of_candidates_against_a_loop_in_float64(form, rows, baseline):
     delta = torch.randn(4, 4, generator=generator, dtype=torch.float64).where(ids >= 0, 0.0)
     method = Method(candidate_form=form, candidate_rows=rows, candidate_baseline=baseline, sigma_min=0.3, sigma_max=0.3)
     rest = torch.tensor([1.0, 0.0]), torch.tensor([0, 2, 4]), torch.tensor([0, 0])
-    got = distrl_advantages(delta, ids, logp, *rest, method)
+    got = distrl_advantages(delta, ids, logp, *rest, method, beta=2.0)
     for n in range(4):
         used = [k for k in range(1, 4) if ids[n, k] >= 0]
         error = {k: delta[n, k].item() for k in used}
+        if form == "agreement":  # pi_phi = pi_old e^(delta / beta)
+            error = {k: 2 * math.exp(logp[n, k].item() + value / 2.0) - 1 for k, value in error.items()}
         mass = {k: math.exp(logp[n, k].item()) for k in used}
         mean = sum(mass[k] * error[k] for k in used) / sum(mass.values()) if baseline == "mean" and used else 0.0
         closed = rows == "open" and len(used) == 1
@@ -346,6 +365,7 @@ def test_credit_of_candidates_against_a_loop_in_float64(form, rows, baseline):
             "sign": lambda x: (x > 0) - (x < 0),
             "soft_threshold": lambda x: math.copysign(max(abs(x) - 1, 0), x),
             "largest": lambda x, most=most: 0.3 * x / most if most else 0.0,
+            "agreement": lambda x: 0.3 * x,
         }
         for k in range(1, 4):
             expected = by_hand[form](error[k] / 0.3) if k in used else 0.0

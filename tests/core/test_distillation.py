@@ -28,7 +28,7 @@ def candidate_gradient(policy_NV, reward_NV, p_min: float, method: Method) -> tu
     delta_NS = BETA * (reward_NV.log_softmax(-1).gather(1, at) - found.logprobs_NS)
     delta_NS = torch.where(found.ids_NS >= 0, delta_NS, 0.0)
     rest = torch.ones(1), CU, torch.zeros(1, dtype=torch.int64)
-    advantages_NS = distrl_advantages(delta_NS, found.ids_NS, found.logprobs_NS, *rest, method)
+    advantages_NS = distrl_advantages(delta_NS, found.ids_NS, found.logprobs_NS, *rest, method, beta=BETA)
     advantages_NS[:, 0] = 0  # the candidates alone
     batch = PolicyBatch.of(found.ids_NS, found.logprobs_NS, advantages_NS, CU)
     distrl_loss_from_logits(z_NV, batch, CONFIG).loss.backward()
@@ -95,6 +95,23 @@ def test_the_fixed_point_is_the_reward_model_and_not_its_argmax():
         policy = policy - 4.0 * candidate_gradient(policy, reward, 1e-6, method)[0]
     torch.testing.assert_close(policy.softmax(-1), reward.softmax(-1), rtol=0, atol=1e-6)
     assert candidate_gradient(reward, reward, 1e-6, method)[0].abs().max() < 1e-12
+
+
+def test_agreement_climbs_the_probability_of_choosing_the_same_token():
+    """The gradient of -2 sum_v pi(v) pi_phi(v) over the whole vocabulary, as sum_v grad pi(v) = 0; it ends at the
+    reward model's most likely token."""
+    policy, reward = logits(0), 2 * logits(10)
+    method = Method(p_min=1e-6, candidate_form="agreement")
+    got, _ = candidate_gradient(policy, reward, 1e-6, method)
+
+    def same(logp):
+        return -2 * (logp.exp() * reward.softmax(-1)).sum(-1).mean()
+
+    torch.testing.assert_close(got, gradient_of(same, policy), rtol=0, atol=1e-12)
+    for _ in range(300):
+        policy = policy - 20.0 * candidate_gradient(policy, reward, 1e-6, method)[0]
+    assert torch.equal(policy.argmax(-1), reward.argmax(-1))
+    assert policy.softmax(-1).amax(-1).min() > 0.99 > reward.softmax(-1).amax()
 
 
 @pytest.mark.parametrize(("bounds", "shrinks"), [({}, False), (SIGMA, True)], ids=["sigma_V", "fixed"])

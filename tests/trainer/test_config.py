@@ -246,6 +246,10 @@ def test_a_file_for_validation_that_cannot_be(given, says):
             ["rl.grpo:", "credit = 'oracle'", "alpha = 0.0", "no reward_model"],
         ),
         (["rl.distrl.credit=oracle"], ["rl.distrl:", "credit = 'oracle'", "a reward_model"]),
+        (
+            ["rl.distrl.method.candidate_form=agreement", "rl.distrl.method.td_reference=sft"],
+            ["rl.distrl.method.candidate_form", "'agreement'", "'sft'", "'ipvrm'"],
+        ),
         (["rl.grpo.method.gamme=1"], ["rl.grpo:", "method", "gamme", "gamma"]),
         # Config
         (["rollout.held_out=2048"], ["rollout.held_out", "rollout.prompts", "2048"]),

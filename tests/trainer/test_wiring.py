@@ -53,6 +53,23 @@ def test_the_truth_as_credit():
     assert torch.equal(rows.ids_NS, old.candidates.ids_NS)
 
 
+def test_agreement_has_the_beta_of_the_objective(monkeypatch):
+    """p = (.6, .2), beta 10: TD errors of 10 log 1.5 and 10 log 1/2 are pi_phi = .9 and .1."""
+    batch, old = two_short_answers()
+    errors_NS = 10 * torch.tensor([[1.5, 1.5, 0.5], [1.0, 1.0, 1.0], [1.5, 1.5, 0.5], [1.0, 1.0, 1.0]]).log()
+    monkeypatch.setattr(crediting, "td_errors", lambda *_: errors_NS)
+    method = replace(PAPER, candidate_form="agreement", sigma_scope="minibatch")
+    rows = make_policy_batch(method, assign(method, batch, old, object(), Ipvrm(beta=10.0)), [0, 1], None)
+    expected = torch.tensor([[0.8, -0.8], [0.0, 0.0]] * 2)
+    torch.testing.assert_close(rows.advantages_NS[:, 1:], expected)
+
+
+def test_the_policys_own_probabilities_as_credit():
+    batch, old = two_short_answers()
+    rows = make_policy_batch(PAPER, assign(PAPER, batch, old, None, None, source="policy"), [0, 1], None)
+    torch.testing.assert_close(rows.advantages_NS[:, 1:], torch.tensor([[0.2, -0.6], [0.0, 0.0]] * 2))
+
+
 @pytest.mark.parametrize(
     ("errors", "share"),
     [
