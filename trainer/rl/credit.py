@@ -57,8 +57,8 @@ def assign(
         delta_NS = td_errors(reward_model, objective, batch, old, against)
     elif estimators.find(method.estimator).token_rewards == "own":
         delta_NS = (old.logprobs_N - ref_logprobs_N)[:, None]
-    candidates = source != "reward_model" or (delta_NS is not None and method.alpha)
-    S = old.candidates.ids_NS.shape[1] if candidates else 1
+    S = 1 if delta_NS is None or not method.alpha else delta_NS.shape[1]
+    S = S if source == "reward_model" else old.candidates.ids_NS.shape[1]
     ids_NS, old_NS = old.candidates.ids_NS[:, :S], old.candidates.logprobs_NS[:, :S]
     used_NS = None if delta_NS is None else delta_NS[:, :S]
     given = ids_NS, old_NS, batch.rewards_B, old.cu_seqlens, batch.groups_B, method
