@@ -18,7 +18,10 @@ class Method:
 
     # reward model
     online_margin: Annotated[float, "margin of the online loss, where the objective has the difficulty boundary"] = 5.0
-    dlw_scale: Annotated[Literal["raw", "group"], "online weights 1 - mu, mu as they are, or with a sum of n"] = "raw"
+    online_boundary: Annotated[bool, "the difficulty boundary in the online loss, where the objective has it"] = True
+    dlw_scale: Annotated[
+        Literal["raw", "group", "none"], "online weights 1 - mu, mu as they are, or with a sum of n; none: all alike"
+    ] = "raw"
     online_reference: Annotated[Literal["old", "sft"], "of the online loss: the sampling policy, or the start"] = "old"
     td_reference: Annotated[Literal["old", "sft"], "of the TD errors, the same; PRIME and rePIRL take sft"] = "old"
     # candidates

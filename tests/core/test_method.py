@@ -18,6 +18,7 @@ from ipvrm_core.types import PolicyLossConfig
 TABLE = {
     # setting: (paper, official)
     "online_margin": (5.0, 5.0),
+    "online_boundary": (True, True),
     "dlw_scale": ("raw", "group"),
     "online_reference": ("old", "old"),
     "td_reference": ("old", "old"),

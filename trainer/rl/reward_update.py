@@ -34,9 +34,9 @@ def update_reward_model(
     ref_logprobs_N: of the reference that the method names, the old policy's or the start's.
     """
     weights_B = torch.ones_like(batch.rewards_B)
-    if objective.dynamic_weights:
+    if objective.dynamic_weights and method.dlw_scale != "none":
         weights_B = dynamic_loss_weights(batch.rewards_B, batch.group_mean_B, method.dlw_scale)
-    boundary_B = difficulty_boundary(batch.group_mean_B) if objective.boundary else None
+    boundary_B = difficulty_boundary(batch.group_mean_B) if objective.boundary and method.online_boundary else None
     size, bounds = len(batch.answers), old.cu_seqlens.tolist()
     orders = [torch.randperm(size).tolist() for _ in range(settings.passes)]
     model.train()
