@@ -42,7 +42,9 @@ class Method:
     gamma: Annotated[float, "discount of later TD errors"] = 1.0
     lam: Annotated[float, "lambda of GAE, a further discount"] = 1.0
     candidate_baseline: Annotated[Literal["none", "mean"], "mean: centre A on the candidates; ours"] = "none"
-    candidate_rows: Annotated[Literal["all", "open"], "open: A = 0 where a position has one candidate; ours"] = "all"
+    single_candidate: Annotated[
+        Literal["same", "zero", "agreement"], "A where a position has one: as elsewhere, 0, or 2 pi_phi - 1; ours"
+    ] = "same"
     candidate_form: Annotated[
         CandidateForm, "of A: delta / sigma_V (paper), bounded, of the largest; or 2 pi_phi - 1"
     ] = "sigma_v"

@@ -296,7 +296,6 @@ X = [[3.0, -0.5, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]  # delta / sigma of two positi
 @pytest.mark.parametrize(
     ("form", "expected"),
     [
-        ("agreement", [6.0, -1.0, 2.0, 0.0]),  # as given
         ("sigma_v", [3.0, -0.5, 1.0, 0.0]),
         ("clipped", [1.0, -0.5, 1.0, 0.0]),
         ("tanh", [0.9950547536867305, -0.46211715726000973, 0.7615941559557649, 0.0]),
@@ -317,9 +316,7 @@ def test_forms_of_the_candidates_advantages_by_hand(form, expected):
 
 
 def test_an_unknown_form_names_those_there_are():
-    with pytest.raises(
-        ValueError, match=r"sigma_v, clipped, tanh, sign, soft_threshold, largest, agreement; got 'huge'"
-    ):
+    with pytest.raises(ValueError, match=r"sigma_v, clipped, tanh, sign, soft_threshold, largest; got 'huge'"):
         candidate_advantages(torch.ones(1, 1), torch.tensor(1.0), "huge")
 
 
@@ -337,26 +334,27 @@ def test_agreement_needs_beta_and_is_the_reward_models_probability():
 
 
 @pytest.mark.parametrize("form", get_args(CandidateForm))
-@pytest.mark.parametrize("rows", ["all", "open"])
+@pytest.mark.parametrize("single", ["same", "zero", "agreement"])
 @pytest.mark.parametrize("baseline", ["none", "mean"])
-def test_credit_of_candidates_against_a_loop_in_float64(form, rows, baseline):
+def test_credit_of_candidates_against_a_loop_in_float64(form, single, baseline):
     """`distrl_advantages` position by position in plain Python; sigma_V between its bounds."""
     generator = torch.Generator().manual_seed(7)
     ids = torch.tensor([[5, 5, 9, -1], [9, 9, -1, -1], [4, 3, 4, 8], [2, -1, -1, -1]])
     logp = torch.tensor([[0.6, 0.6, 0.3, 1], [0.9, 0.9, 1, 1], [0.4, 0.35, 0.4, 0.2], [0.05, 1, 1, 1]]).double().log()
     delta = torch.randn(4, 4, generator=generator, dtype=torch.float64).where(ids >= 0, 0.0)
-    method = Method(candidate_form=form, candidate_rows=rows, candidate_baseline=baseline, sigma_min=0.3, sigma_max=0.3)
+    method = Method(
+        candidate_form=form, single_candidate=single, candidate_baseline=baseline, sigma_min=0.3, sigma_max=0.3
+    )
     rest = torch.tensor([1.0, 0.0]), torch.tensor([0, 2, 4]), torch.tensor([0, 0])
     got = distrl_advantages(delta, ids, logp, *rest, method, beta=2.0)
     for n in range(4):
         used = [k for k in range(1, 4) if ids[n, k] >= 0]
-        error = {k: delta[n, k].item() for k in used}
-        if form == "agreement":  # pi_phi = pi_old e^(delta / beta)
-            error = {k: 2 * math.exp(logp[n, k].item() + value / 2.0) - 1 for k, value in error.items()}
+        raw = {k: delta[n, k].item() for k in used}
         mass = {k: math.exp(logp[n, k].item()) for k in used}
+        agreed = {k: 2 * mass[k] * math.exp(raw[k] / 2.0) - 1 for k in used}  # pi_phi = pi_old e^(delta / beta)
+        error = agreed if form == "agreement" else raw
         mean = sum(mass[k] * error[k] for k in used) / sum(mass.values()) if baseline == "mean" and used else 0.0
-        closed = rows == "open" and len(used) == 1
-        error = {k: 0.0 if closed else value - mean for k, value in error.items()}
+        error = {k: value - mean for k, value in error.items()}
         most = max(map(abs, error.values()), default=0.0)
         by_hand = {
             "sigma_v": lambda x: x,
@@ -369,4 +367,6 @@ def test_credit_of_candidates_against_a_loop_in_float64(form, rows, baseline):
         }
         for k in range(1, 4):
             expected = by_hand[form](error[k] / 0.3) if k in used else 0.0
+            if k in used and len(used) == 1 and single != "same":
+                expected = agreed[k] if single == "agreement" else 0.0
             assert got[n, k].item() == pytest.approx(expected, abs=1e-12)

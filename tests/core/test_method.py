@@ -36,7 +36,7 @@ TABLE = {
     "gamma": (1.0, 1.0),
     "lam": (1.0, 1.0),
     "candidate_baseline": ("none", "none"),  # ours, as the next four
-    "candidate_rows": ("all", "all"),
+    "single_candidate": ("same", "same"),
     "candidate_form": ("sigma_v", "sigma_v"),
     "sigma_min": (0.0, 0.0),
     "sigma_max": (None, None),

@@ -248,7 +248,7 @@ def test_a_file_for_validation_that_cannot_be(given, says):
         (["rl.distrl.credit=oracle"], ["rl.distrl:", "credit = 'oracle'", "a reward_model"]),
         (
             ["rl.distrl.method.candidate_form=agreement", "rl.distrl.method.td_reference=sft"],
-            ["rl.distrl.method.candidate_form", "'agreement'", "'sft'", "'ipvrm'"],
+            ["rl.distrl.method:", "agreement", "candidate_form", "'sft'", "'ipvrm'"],
         ),
         (["rl.grpo.method.gamme=1"], ["rl.grpo:", "method", "gamme", "gamma"]),
         # Config

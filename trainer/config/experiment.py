@@ -138,10 +138,11 @@ class Config(Section):
                 f"rl.{name}.method.td_reference must be 'old' for the objective {used.objective!r}, "
                 f"whose scores are no log-ratios; got 'sft'"
             )
-        if method.candidate_form == "agreement" and (method.td_reference != "old" or not objective.reference):
+        agreement = "agreement" in (method.candidate_form, method.single_candidate)
+        if agreement and (method.td_reference != "old" or not objective.reference):
             raise ValueError(
-                f"rl.{name}.method.candidate_form = 'agreement' needs TD errors that are log-ratios to the old policy; "
-                f"got td_reference = {method.td_reference!r}, objective {used.objective!r}"
+                f"rl.{name}.method: agreement (candidate_form, single_candidate) needs log-ratios to the old policy as "
+                f"TD errors; got td_reference = {method.td_reference!r}, objective {used.objective!r}"
             )
         alpha = method.alpha
         if objective.head == "value" and alpha:
