@@ -40,6 +40,8 @@ if TYPE_CHECKING:  # what type checkers and editors read; _EXPORTS says the same
     from ipvrm_core.packing import cu_seqlens_from_lengths as cu_seqlens_from_lengths
     from ipvrm_core.packing import pack as pack
     from ipvrm_core.packing import unpack as unpack
+    from ipvrm_core.sequences.advantages import agreement_advantages as agreement_advantages
+    from ipvrm_core.sequences.advantages import candidate_advantages as candidate_advantages
     from ipvrm_core.sequences.advantages import center_on_candidates as center_on_candidates
     from ipvrm_core.sequences.advantages import gae as gae
     from ipvrm_core.sequences.advantages import group_normalize as group_normalize
@@ -86,6 +88,8 @@ _EXPORTS = {
     "ops.td_errors": ("linear_td_errors", "td_errors_from_logits"),
     "packing": ("cu_seqlens_from_lengths", "pack", "unpack"),
     "sequences.advantages": (
+        "agreement_advantages",
+        "candidate_advantages",
         "center_on_candidates",
         "gae",
         "group_normalize",

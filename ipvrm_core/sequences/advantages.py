@@ -4,7 +4,7 @@
 Shape letters: N packed response tokens, B sequences, K candidates, G prompts.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from ipvrm_core.sequences.torch_segments import moments_within
 Outcome = Literal["grpo", "rloo", "reinforce"]
 SigmaForm = Literal["std_plus_eps", "floored_std"]
 Normalize = Literal["group", "batch"]
+CandidateForm = Literal["sigma_v", "clipped", "tanh", "sign", "soft_threshold", "largest", "agreement"]
 
 
 def td_errors(rm_logprobs: Tensor, old_logprobs: Tensor, beta: float) -> Tensor:
@@ -47,6 +48,45 @@ def sigma_v(moments: Tensor, form: SigmaForm = "std_plus_eps", eps: float = 1e-6
 def td_advantages(delta: Tensor, sigma: Tensor) -> Tensor:
     """A_TD(v) = delta_t(v) / sigma_V, any shape; sigma from `sigma_v` (eps already inside)."""
     return delta / sigma.to(delta.dtype)
+
+
+def candidate_advantages(delta_NK: Tensor, sigma: Tensor, form: CandidateForm = "sigma_v") -> Tensor:
+    """A_TD of the candidates from their TD errors, with x = delta_t(v) / sigma: [N, K] -> [N, K].
+
+    sigma_v (paper): x.  clipped: x within [-1, 1].  tanh: tanh(x).  sign: sign(x).
+    soft_threshold: sign(x) max(|x| - 1, 0), so sigma is what an error must exceed.
+    largest: delta_t(v) / max_w |delta_t(w)| of the position, within [-1, 1] whatever V's spread; 0 where all are 0.
+    All but the first are ours; `agreement_advantages` is not made from sigma. A padded slot must hold 0, and stays 0.
+    """
+    if form == "largest":
+        most_N1 = delta_NK.abs().amax(-1, keepdim=True) if delta_NK.shape[-1] else delta_NK[..., :1]
+        return torch.where(most_N1 > 0, delta_NK / torch.where(most_N1 > 0, most_N1, 1.0), 0.0)
+    x_NK = td_advantages(delta_NK, sigma)
+    if form == "sigma_v":
+        return x_NK
+    if form == "clipped":
+        return x_NK.clamp(-1.0, 1.0)
+    if form == "tanh":
+        return x_NK.tanh()
+    if form == "sign":
+        return x_NK.sign()
+    if form == "soft_threshold":
+        return x_NK - x_NK.clamp(-1.0, 1.0)
+    known = [name for name in get_args(CandidateForm) if name != "agreement"]
+    raise ValueError(f"form must be one of {', '.join(known)}; got {form!r}")
+
+
+def agreement_advantages(delta_NK: Tensor, ids_NK: Tensor, old_logprobs_NK: Tensor, beta: float | None) -> Tensor:
+    """A(v) = 2 pi_phi(v | s_t) - 1, with log pi_phi = log pi_old + delta / beta: [N, K] -> [N, K]; 0 at padded ids.
+
+    Ours. sum_v pi(v) pi_phi(v) is the probability that policy and reward model choose the same token: its gradient is
+    half of this one's. A(v) lies in [-1, 1], and the fixed point is the reward model's most likely token, not pi_phi.
+    A position with one candidate has an advantage too: how sure the reward model is of it.
+    """
+    if beta is None:
+        raise ValueError("agreement needs the beta of the TD errors; got None")
+    valid_NK = ids_NK >= 0
+    return torch.where(valid_NK, 2 * (old_logprobs_NK + delta_NK / beta).exp() - 1, 0.0)
 
 
 def center_on_candidates(delta_NK: Tensor, ids_NK: Tensor, old_logprobs_NK: Tensor) -> Tensor:

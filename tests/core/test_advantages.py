@@ -1,13 +1,19 @@
 """Advantages of the sampled tokens: outcome, group-normalised GAE (paper), centred and whitened sums (official)."""
 
 import math
+from typing import get_args
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ipvrm_core.credit import distrl_advantages
+from ipvrm_core.method import Method
 from ipvrm_core.sequences.advantages import (
+    CandidateForm,
+    agreement_advantages,
+    candidate_advantages,
     center_on_candidates,
     gae,
     group_normalize,
@@ -282,3 +288,85 @@ def test_a_single_candidate_has_no_centred_advantage():
     """Nothing to choose from, nothing to learn: delta minus itself."""
     ids, logprobs = torch.tensor([[4]]), torch.tensor([[-0.01]])
     assert center_on_candidates(torch.tensor([[-7.0]]), ids, logprobs).item() == 0.0
+
+
+X = [[3.0, -0.5, 1.0, 0.0], [0.0, 0.0, 0.0, 0.0]]  # delta / sigma of two positions, by hand
+
+
+@pytest.mark.parametrize(
+    ("form", "expected"),
+    [
+        ("sigma_v", [3.0, -0.5, 1.0, 0.0]),
+        ("clipped", [1.0, -0.5, 1.0, 0.0]),
+        ("tanh", [0.9950547536867305, -0.46211715726000973, 0.7615941559557649, 0.0]),
+        ("sign", [1.0, -1.0, 1.0, 0.0]),
+        ("soft_threshold", [2.0, 0.0, 0.0, 0.0]),
+        ("largest", [1.0, -1 / 6, 1 / 3, 0.0]),
+    ],
+)
+def test_forms_of_the_candidates_advantages_by_hand(form, expected):
+    """A position without any TD error has no advantage in any form; a fourth slot is padding and stays 0."""
+    delta = 2 * torch.tensor(X, dtype=torch.float64)
+    got = candidate_advantages(delta, torch.tensor(2.0, dtype=torch.float64), form)
+    torch.testing.assert_close(got, torch.tensor([expected, X[1]], dtype=torch.float64), rtol=0, atol=1e-15)
+    single = candidate_advantages(delta.float(), torch.tensor(2.0, dtype=torch.float64), form)
+    assert single.dtype == torch.float32
+    torch.testing.assert_close(single.double(), got, rtol=0, atol=1e-6)
+    assert candidate_advantages(delta[:, :0], torch.tensor(2.0), form).shape == (2, 0)
+
+
+def test_an_unknown_form_names_those_there_are():
+    with pytest.raises(ValueError, match=r"sigma_v, clipped, tanh, sign, soft_threshold, largest; got 'huge'"):
+        candidate_advantages(torch.ones(1, 1), torch.tensor(1.0), "huge")
+
+
+def test_agreement_needs_beta_and_is_the_reward_models_probability():
+    """beta 4, delta = (4 log 1.5, -4 log 2): pi_phi = .6 * 1.5 = .9 and .2 / 2 = .1, so A = .8 and -.8."""
+    ids, logp = torch.tensor([[3, 3, 7, -1]]), torch.tensor([[0.6, 0.6, 0.2, 1.0]], dtype=torch.float64).log()
+    delta = 4 * torch.tensor([[1.5, 1.5, 0.5, 9.0]], dtype=torch.float64).log()
+    got = agreement_advantages(delta[:, 1:], ids[:, 1:], logp[:, 1:], 4.0)
+    torch.testing.assert_close(got, f64(0.8, -0.8, 0.0)[None], rtol=0, atol=1e-12)
+    rest = torch.ones(1), torch.tensor([0, 1]), torch.tensor([0])
+    with pytest.raises(ValueError, match="needs the beta of the TD errors; got None"):
+        distrl_advantages(delta, ids, logp, *rest, Method(candidate_form="agreement"))
+    whole = distrl_advantages(delta, ids, logp, *rest, Method(candidate_form="agreement"), beta=4.0)
+    torch.testing.assert_close(whole[:, 1:], got)
+
+
+@pytest.mark.parametrize("form", get_args(CandidateForm))
+@pytest.mark.parametrize("single", ["same", "zero", "agreement"])
+@pytest.mark.parametrize("baseline", ["none", "mean"])
+def test_credit_of_candidates_against_a_loop_in_float64(form, single, baseline):
+    """`distrl_advantages` position by position in plain Python; sigma_V between its bounds."""
+    generator = torch.Generator().manual_seed(7)
+    ids = torch.tensor([[5, 5, 9, -1], [9, 9, -1, -1], [4, 3, 4, 8], [2, -1, -1, -1]])
+    logp = torch.tensor([[0.6, 0.6, 0.3, 1], [0.9, 0.9, 1, 1], [0.4, 0.35, 0.4, 0.2], [0.05, 1, 1, 1]]).double().log()
+    delta = torch.randn(4, 4, generator=generator, dtype=torch.float64).where(ids >= 0, 0.0)
+    method = Method(
+        candidate_form=form, single_candidate=single, candidate_baseline=baseline, sigma_min=0.3, sigma_max=0.3
+    )
+    rest = torch.tensor([1.0, 0.0]), torch.tensor([0, 2, 4]), torch.tensor([0, 0])
+    got = distrl_advantages(delta, ids, logp, *rest, method, beta=2.0)
+    for n in range(4):
+        used = [k for k in range(1, 4) if ids[n, k] >= 0]
+        raw = {k: delta[n, k].item() for k in used}
+        mass = {k: math.exp(logp[n, k].item()) for k in used}
+        agreed = {k: 2 * mass[k] * math.exp(raw[k] / 2.0) - 1 for k in used}  # pi_phi = pi_old e^(delta / beta)
+        error = agreed if form == "agreement" else raw
+        mean = sum(mass[k] * error[k] for k in used) / sum(mass.values()) if baseline == "mean" and used else 0.0
+        error = {k: value - mean for k, value in error.items()}
+        most = max(map(abs, error.values()), default=0.0)
+        by_hand = {
+            "sigma_v": lambda x: x,
+            "clipped": lambda x: min(1.0, max(-1.0, x)),
+            "tanh": math.tanh,
+            "sign": lambda x: (x > 0) - (x < 0),
+            "soft_threshold": lambda x: math.copysign(max(abs(x) - 1, 0), x),
+            "largest": lambda x, most=most: 0.3 * x / most if most else 0.0,
+            "agreement": lambda x: 0.3 * x,
+        }
+        for k in range(1, 4):
+            expected = by_hand[form](error[k] / 0.3) if k in used else 0.0
+            if k in used and len(used) == 1 and single != "same":
+                expected = agreed[k] if single == "agreement" else 0.0
+            assert got[n, k].item() == pytest.approx(expected, abs=1e-12)

@@ -1,11 +1,14 @@
 """The two settings of the method, row by row as the table of presets has them, and the batches that go with them."""
 
 import inspect
+import math
 from dataclasses import fields
 from typing import get_args, get_type_hints
 
 import pytest
+import torch
 
+from ipvrm_core.credit import batch_sigma
 from ipvrm_core.method import METHODS, Method
 from ipvrm_core.reference.candidates import candidate_slots, select_candidates_from_logits
 from ipvrm_core.trainer.config import Batch, Rl
@@ -15,6 +18,7 @@ from ipvrm_core.types import PolicyLossConfig
 TABLE = {
     # setting: (paper, official)
     "online_margin": (5.0, 5.0),
+    "online_boundary": (True, True),
     "dlw_scale": ("raw", "group"),
     "online_reference": ("old", "old"),
     "td_reference": ("old", "old"),
@@ -31,7 +35,11 @@ TABLE = {
     "estimator": ("gae", "gae"),
     "gamma": (1.0, 1.0),
     "lam": (1.0, 1.0),
-    "candidate_baseline": ("none", "none"),  # ours
+    "candidate_baseline": ("none", "none"),  # ours, as the next four
+    "single_candidate": ("same", "same"),
+    "candidate_form": ("sigma_v", "sigma_v"),
+    "sigma_min": (0.0, 0.0),
+    "sigma_max": (None, None),
     "alpha": (0.1, 0.1),
     "clip_low": (0.20, 0.20),
     "clip_high": (0.28, 0.28),
@@ -107,3 +115,14 @@ def test_candidate_rule_is_what_select_candidates_takes():
         assert METHODS[preset].candidate_rule() == rule
         assert set(rule) <= set(inspect.signature(select_candidates_from_logits).parameters)
         assert candidate_slots(rule["p_min"], top_k=rule["top_k"], keep_sampled=rule["keep_sampled"]) == slots
+
+
+def test_the_bounds_of_sigma():
+    for settings in ({"sigma_min": -1.0}, {"sigma_min": math.nan}, {"sigma_max": 0.0}, {"sigma_max": math.inf}):
+        with pytest.raises(ValueError, match=rf"{next(iter(settings))} must be .* got {next(iter(settings.values()))}"):
+            Method(**settings)
+    with pytest.raises(ValueError, match=r"sigma_max must be .* >= sigma_min = 2.0, or None; got 1.0"):
+        Method(sigma_min=2.0, sigma_max=1.0)
+    values = torch.tensor([1.0, 3.0])  # std 1
+    bounds = ({}, {"sigma_min": 4.0}, {"sigma_max": 0.5}, {"sigma_min": 0.25, "sigma_max": 8.0})
+    assert [round(batch_sigma(values, Method(**given)).item(), 5) for given in bounds] == [1.0, 4.0, 0.5, 1.0]

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from ipvrm_core.trainer.data.example import Example
-from ipvrm_core.trainer.evaluation.reward_model.candidate_credit import candidate_credit, true_tokens
+from ipvrm_core.trainer.evaluation.reward_model.candidate_credit import candidate_credit
 from ipvrm_core.trainer.sampling.base import Sample
+from ipvrm_core.trainer.truth import due_tokens
 
 
 class _Table(torch.nn.Module):
@@ -49,12 +50,11 @@ def test_due_tokens_by_hand(tiny_experiment):
     """2+3? asks for 2+3=5;#5 (";" just ends a step). Steps after a wrong digit go by what it states."""
     experiment = tiny_experiment()
     example = Example("x", "2+3?", "5")
-    prompt = experiment.text.prompt_ids(example)
     ids = experiment.text.answer_ids("2+3=5;#5")
     pad = experiment.text.tokenizer.pad_token_id
 
     def due(response: list[int]) -> list[int]:
-        return true_tokens(experiment, [example], [Sample(prompt, response, [], True)]).tolist()
+        return due_tokens(experiment.task, experiment.text, [example], [response]).tolist()
 
     due_digits = due(ids)
     assert [due_digits[t] for t in (2, 4, 7)] == [ids[2], ids[4], ids[7]]
@@ -103,6 +103,20 @@ def test_candidate_credit_measures_the_advantage_not_the_probability(tiny_experi
     models = {"less": leaning(1.0), "more": leaning(4.0)}
     result = candidate_credit(experiment, leaning(2.0), models, examples, samples)
     assert result == {"positions": 2, "chance": 0.5, "policy": 0.0, "less": 1.0, "more": 0.0}
+
+
+def test_fixed_positions_with_another_reference(tiny_experiment):
+    """Positions are where the policy has candidates, a later one has none; TD errors are against the later one."""
+    experiment = tiny_experiment()
+    examples = [Example("a", "2+3?", "5")]
+    samples = [Sample(experiment.text.prompt_ids(examples[0]), experiment.text.answer_ids("2+3=5;#5"), [], True)]
+    policy, sure, model = (_table(experiment, _digits(experiment, prefer)) for prefer in (None, "4", "4"))
+    given = experiment, policy, {"model": model}, examples, samples
+    assert candidate_credit(experiment, sure, {}, examples, samples) == {"positions": 0}
+    fixed = candidate_credit(*given)
+    assert (fixed["positions"], fixed["model"]) == (2, 0.0)  # beside the policy it prefers "4"
+    later = _table(experiment, lambda row: 2 * _digits(experiment, "4")(row))
+    assert candidate_credit(*given, reference=later)["model"] == 1.0  # beside one that prefers "4" twice as much, "5"
 
 
 def test_candidate_credit_without_positions(tiny_experiment):

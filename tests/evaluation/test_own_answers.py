@@ -58,12 +58,14 @@ def test_steps_of_own_answers_are_located(written, tiny_model):
     """Where there are answers of both kinds, F1 is that of their labels; else this style is left out."""
     experiment, own = written([["RIGHT"], ["#VALUE"], ["RIGHT"]])
     models = experiment.language_model(tiny_model(1)), experiment.language_model(tiny_model(2))
-    found = judge(experiment, *models, Ipvrm(), own)["localisation"]
+    own = replace(own, policy=models[1])
+    found = judge(experiment, *models, Ipvrm(), own, {})["localisation"]
     assert (found["sampled/process"]["erroneous"], found["sampled/process"]["correct"]) == (1, 2)
     assert found["sampled/process"]["accuracy_correct"] in (0, 0.5, 1)
     assert found["train/process"]["erroneous"] + found["train/process"]["correct"] == experiment.config.eval.traces
     experiment, own = written([["RIGHT"], ["RIGHT"]])
-    assert set(judge(experiment, *models, Ipvrm(), own)["localisation"]) == {
+    own = replace(own, policy=models[1])
+    assert set(judge(experiment, *models, Ipvrm(), own, {})["localisation"]) == {
         f"{style}/{protocol}" for style in ("train", "terse") for protocol in ("process", "prefix")
     }
 

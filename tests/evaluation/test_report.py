@@ -15,9 +15,9 @@ pytest.importorskip("jinja2")
 pytest.importorskip("pydantic")
 
 from ipvrm_core.trainer import config as configuration
-from ipvrm_core.trainer.report import build, reliability, tables
+from ipvrm_core.trainer.report import build, paired, reliability, tables
 from ipvrm_core.trainer.report.collect import collect
-from ipvrm_core.trainer.report.compare import compare
+from ipvrm_core.trainer.report.compare import compare, read_results
 from ipvrm_core.trainer.report.compare_plot import draw
 from ipvrm_core.trainer.report.page import duration, number, points
 from ipvrm_core.trainer.report.plots import smooth, window
@@ -93,7 +93,7 @@ def policy(run: Path, name: str, with_model: bool) -> None:
             "new_quantity": float(step),
         }
         if with_model:
-            row |= {"sigma_v": 20 + noise.gauss(0, 1), "rm_accuracy": 0.8, "process_std": 4.6}
+            row |= {"sigma_v": 20 + noise.gauss(0, 1), "rm_accuracy": 0.8, "process_std": 4.6, "credit": 0.9}
             row |= {"rm_auc": 0.8} if step % 7 else {}  # an unmixed batch has no AUC
         rows.append(row)
     write_metrics(run / "rl" / name, rows)
@@ -190,6 +190,11 @@ def test_whole_run_shows_every_number(config, whole):
         "qwen3 decoder from random weights, 2 layers × 128, float32. Trained on chain (min_ops = 4, max_ops = 8)"
         in text
     )
+
+
+def test_the_report_says_which_policy_had_perfect_credit(config):
+    assert tables.method(config, "oracle") == "DistRL with perfect credit, no reward model, α = 1"
+    assert "perfect" not in tables.method(config, "distrl") + tables.method(config, "grpo")
 
 
 def test_change_to_the_start_is_judged_by_its_standard_error(config, tmp_path):
@@ -354,6 +359,66 @@ def test_compare_gives_mean_and_sample_deviation(tmp_path):
     assert "| greedy | 0.600 ± 0.141 |" in text  # deviations -0.1 and 0.1: sqrt(0.02 / 1)
     assert "| prompts | 512 ± 0 |" in text
     assert "| localisation train/process f1_oracle | 0.250 ± 0.000 |" in text
+
+
+@pytest.fixture
+def paired_runs(tmp_path):
+    """Three starts; GRPO and DistRL twice from each, by their `seed`; names differ, settings do not."""
+    gains = [(0.10, 0.20), (0.00, 0.10), (0.20, 0.30)]  # means .15, .05, .25: mean .15, std .1
+    for start, pair in enumerate(gains):
+        rl = {
+            f"{kind}{seed}": {"alpha": alpha, "seed": seed} for seed in (0, 1) for kind, alpha in (("g", 0), ("d", 1))
+        }
+        results = {"policy-start": {"greedy": 0.1, "avg@2": 0.1}}
+        for seed, gain in enumerate(pair):
+            results[f"policy-g{seed}"] = {"greedy": 0.5 + start, "avg@2": 0.4, "pass@2": 1.0, "all_steps": 0.3}
+            results[f"policy-d{seed}"] = {"greedy": 0.5 + start + gain, "avg@2": 0.4, "all_steps": 0.2, "pass@2": 1.0}
+        write_json(tmp_path / str(start) / "config.json", {"seed": start, "rl": rl})
+        write_json(tmp_path / str(start) / "eval" / "results.json", results)
+    return [tmp_path / str(start) for start in range(3)]
+
+
+def test_compare_pairs_runs_of_equal_seeds(paired_runs):
+    """t(2) = 4.303: .15 +- 4.303 * .1 / sqrt 3; within a start the two pairs differ by .1, so their std is .0707."""
+    found = paired.outcomes(paired_runs, read_results(paired_runs))
+    assert {recipe: list(places) for recipe, places in found.items()} == {
+        recipe: [(start, seed) for start in range(3) for seed in (0, 1)] for recipe in ("g0", "d0")
+    }
+    row = paired.difference(found, "d0", "g0", "greedy")
+    assert row[:4] == pytest.approx((0.15, 4.303 * 0.1 / 3**0.5, 0.1, 0.1 / 2**0.5))
+    assert row[4:] == (6, 3)
+    text = compare(paired_runs)
+    assert text.startswith("| minus g0, in pairs | pairs of starts | greedy | avg@2 | all_steps |")
+    assert "| d0 | 6 of 3 | +0.150 ± 0.248 (0.100 / 0.071) | +0.000 ± 0.000 (0.000 / 0.000) | -0.100" in text
+    assert "| g0 | 6 of 3 | -0.150" in compare(paired_runs, "d0")
+    assert "| d0 | 2 of 1 | +0.150 (– / 0.071) |" in compare(paired_runs[:1])  # one start: no interval
+    with pytest.raises(ValueError, match=r"one of g0, d0; got 'd1'"):
+        compare(paired_runs, "d1")
+
+
+def test_only_equal_seeds_are_pairs(paired_runs):
+    """Another seed of the RL phase, or a start that one of the two did not have, is no pair."""
+    config = json.loads((paired_runs[0] / "config.json").read_text())
+    for name in ("d0", "d1"):
+        config["rl"][name]["seed"] += 5
+    write_json(paired_runs[0] / "config.json", config)
+    row = paired.difference(paired.outcomes(paired_runs, read_results(paired_runs)), "d0", "g0", "greedy")
+    assert row.mean == pytest.approx(0.15)  # of .05 and .25
+    assert row[4:] == (4, 2)
+    write_json(paired_runs[2] / "config.json", config)
+    with pytest.raises(ValueError, match=r"2: rl.g0 has the seeds \(0, 0\) of another run of g0"):
+        compare([paired_runs[0], paired_runs[2]])
+
+
+def test_without_configurations_nothing_is_paired(seeds):
+    assert "in pairs" not in compare(seeds)
+
+
+def test_one_recipe_alone_is_not_paired(paired_runs):
+    for run in paired_runs:
+        config = json.loads((run / "config.json").read_text())
+        write_json(run / "config.json", config | {"rl": {name: config["rl"][name] for name in ("g0", "g1")}})
+    assert "in pairs" not in compare(paired_runs)
 
 
 @pytest.fixture

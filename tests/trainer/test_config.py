@@ -240,6 +240,16 @@ def test_a_file_for_validation_that_cannot_be(given, says):
         (["rl.grpo.method.p_min=0"], ["rl.grpo:", "p_min", "0"]),
         (["rl.grpo.method.top_k=-2"], ["rl.grpo:", "top_k", "-2"]),
         (["rl.grpo.method.aggregation=token_sum"], ["rl.grpo.method.aggregation", "'sequence_mean'", "'token_sum'"]),
+        (["rl.grpo.method.sigma_max=-1"], ["rl.grpo.method:", "sigma_max", "-1"]),
+        (
+            ["rl.grpo.credit=oracle", "rl.grpo.method.alpha=0"],
+            ["rl.grpo:", "credit = 'oracle'", "alpha = 0.0", "no reward_model"],
+        ),
+        (["rl.distrl.credit=oracle"], ["rl.distrl:", "credit = 'oracle'", "a reward_model"]),
+        (
+            ["rl.distrl.method.candidate_form=agreement", "rl.distrl.method.td_reference=sft"],
+            ["rl.distrl.method:", "agreement", "candidate_form", "'sft'", "'ipvrm'"],
+        ),
         (["rl.grpo.method.gamme=1"], ["rl.grpo:", "method", "gamme", "gamma"]),
         # Config
         (["rollout.held_out=2048"], ["rollout.held_out", "rollout.prompts", "2048"]),

@@ -52,8 +52,8 @@ def test_a_file_that_is_missing_or_is_no_toml(tmp_path):
 
 
 def test_a_bare_name_is_a_shipped_configuration():
-    assert load("demo").rl.keys() == {"grpo", "grpo_ipvrm", "distrl"}
-    with pytest.raises(ConfigError, match=r"one of demo, .*got nothing_of_the_kind"):
+    assert load("demo").rl.keys() == {"grpo", "distrl", "oracle"}
+    with pytest.raises(ConfigError, match=r"one of credit, demo, .*got nothing_of_the_kind"):
         load("nothing_of_the_kind")
 
 

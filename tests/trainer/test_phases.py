@@ -185,6 +185,9 @@ def test_evaluation_of_a_reward_model_after_its_updates(train, monkeypatch):
     assert set(results) == {"policy-start", "policy-x", "rm-prefix", "online-x"}
     offline, online = results["rm-prefix"], results["online-x"]
     assert offline["candidate_credit"]["positions"] == online["candidate_credit"]["positions"]  # the same answers
+    fixed = offline["candidate_credit_start"], online["candidate_credit_start"]
+    assert fixed[0] == offline["candidate_credit"]
+    assert [{**credit, "reward_model": None} for credit in fixed] == [{**fixed[0], "reward_model": None}] * 2
     assert offline["best_of_n"]["2"]["pass"] == online["best_of_n"]["2"]["pass"]
     assert offline["localisation"] != online["localisation"]
     for row in (offline["best_of_n"]["1"], online["best_of_n"]["1"]):

@@ -1,5 +1,7 @@
 """Token scores of every reward model in the trainer: value heads, losses over a whole step, evaluation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -142,10 +144,18 @@ def test_the_weights_of_repirl_are_of_the_policy_that_sampled(lm, batch, given):
 
 
 @pytest.mark.parametrize(
-    ("objective", "plain", "boundary"), [(Prime(), True, False), (ImplicitPrm(), False, False), (Ipvrm(), False, True)]
+    ("objective", "settings", "plain", "boundary"),
+    [
+        (Prime(), {}, True, False),
+        (ImplicitPrm(), {}, False, False),
+        (Ipvrm(), {}, False, True),
+        (Ipvrm(), {"online_boundary": False}, False, False),
+        (Ipvrm(), {"dlw_scale": "none"}, True, True),
+    ],
 )
-def test_online_weights_and_boundary(lm, batch, monkeypatch, objective, plain, boundary):
+def test_online_weights_and_boundary(lm, batch, monkeypatch, objective, settings, plain, boundary):
     """1/B for PRIME; 1 - mu and mu for those that take the dynamic weights; V(x) only for IPVRM; pi_old always."""
+    method = replace(PAPER, **settings)
     seen = {}
 
     def record(model, objective, answers, ref_N, labels_B, weights_B, boundary_B, policy_N):
@@ -156,10 +166,8 @@ def test_online_weights_and_boundary(lm, batch, monkeypatch, objective, plain, b
     monkeypatch.setattr(reward_update, "apply_step", lambda *_: 0.0)
     old = old_policy(model := lm(), PAPER, batch.answers)
     torch.manual_seed(0)
-    settings = RlRewardModel(name="x")
-    reward_update.update_reward_model(
-        model, None, objective, settings, PAPER, batch, old, old.logprobs_N - 1, step=1, total=1
-    )
+    given = method, batch, old, old.logprobs_N - 1
+    reward_update.update_reward_model(model, None, objective, RlRewardModel(name="x"), *given, step=1, total=1)
     assert torch.equal(seen["policy"] - 1, seen["ref"])
     assert (seen["boundary"] is not None) == boundary
     weights = sorted((6 * seen["weights"]).tolist())

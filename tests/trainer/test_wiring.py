@@ -42,6 +42,77 @@ def test_the_candidate_baseline(monkeypatch):
     assert torch.equal(plain[:, 0], centred[:, 0])
 
 
+def test_the_truth_as_credit():
+    """Token 8 is due at the first position, nothing at the second, at the third what is no candidate; no sigma_V."""
+    batch, old = two_short_answers()
+    batch = replace(batch, due_N=torch.tensor([8, -1, 9, 1]))
+    made = assign(PAPER, batch, old, None, None, source="oracle")
+    rows = make_policy_batch(PAPER, made, [0, 1], None)
+    expected = torch.tensor([[1.0, -1.0, 1.0], [1.0, 0.0, 0.0], [-1.0, -1.0, -1.0], [-1.0, 0.0, 0.0]])
+    assert torch.equal(rows.advantages_NS, expected)  # slot 0: r = 1, 0, standardised
+    assert torch.equal(rows.ids_NS, old.candidates.ids_NS)
+
+
+def test_agreement_has_the_beta_of_the_objective(monkeypatch):
+    """p = (.6, .2), beta 10: TD errors of 10 log 1.5 and 10 log 1/2 are pi_phi = .9 and .1."""
+    batch, old = two_short_answers()
+    errors_NS = 10 * torch.tensor([[1.5, 1.5, 0.5], [1.0, 1.0, 1.0], [1.5, 1.5, 0.5], [1.0, 1.0, 1.0]]).log()
+    monkeypatch.setattr(crediting, "td_errors", lambda *_: errors_NS)
+    method = replace(PAPER, candidate_form="agreement", sigma_scope="minibatch")
+    rows = make_policy_batch(method, assign(method, batch, old, object(), Ipvrm(beta=10.0)), [0, 1], None)
+    expected = torch.tensor([[0.8, -0.8], [0.0, 0.0]] * 2)
+    torch.testing.assert_close(rows.advantages_NS[:, 1:], expected)
+
+
+def test_the_policys_own_probabilities_as_credit():
+    batch, old = two_short_answers()
+    rows = make_policy_batch(PAPER, assign(PAPER, batch, old, None, None, source="policy"), [0, 1], None)
+    torch.testing.assert_close(rows.advantages_NS[:, 1:], torch.tensor([[0.2, -0.6], [0.0, 0.0]] * 2))
+
+
+@pytest.mark.parametrize(
+    ("errors", "share"),
+    [
+        ([-1.0, 1.0], 1.0),  # the truth itself: 8 is due
+        ([0.0, 2.0], 0.176 / 0.208),  # a constant moves the mass of C: g = (-.24, .32), g* = (-.36, .28)
+        ([0.5, -0.5], -0.5),
+    ],
+)
+def test_the_share_of_perfect_credit(errors, share):
+    """p = (.6, .2), A* = (-1, 1): sum -.4, g* = (.6 * -.6, .2 * 1.4). For A = (0, 2): sum .4, g = (-.24, .32)."""
+    _, old = two_short_answers()
+    given = torch.tensor([errors, [0.0, 0.0], [0.0, 0.0], [0.0, 0.0]])
+    gain = crediting.credit_gain(given, torch.tensor([8, -1, -1, -1]), old)
+    assert gain == pytest.approx(share)
+
+
+def test_how_often_the_credit_is_right(monkeypatch):
+    """Two open positions, 8 and 7 due: TD errors prefer 6 and 7, the policy, .6 against .2, prefers 6 and 7."""
+    batch, old = two_short_answers()
+    errors_NS = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 2.0, -1.0], [0.0, 0.0, 0.0]])
+    monkeypatch.setattr(crediting, "td_errors", lambda *_: errors_NS)
+    numbers = assign(PAPER, replace(batch, due_N=torch.tensor([8, 1, 7, -1])), old, object(), Ipvrm()).numbers
+    assert [numbers[key] for key in ("credit_open", "credit", "credit_policy")] == [0.5, 0.5, 0.5]
+    none_open = assign(PAPER, replace(batch, due_N=torch.full((4,), -1)), old, object(), Ipvrm()).numbers
+    assert none_open["credit_open"] == 0
+    assert "credit" not in none_open  # a share of nothing
+    assert "credit_open" not in assign(PAPER, batch, old, object(), Ipvrm()).numbers  # no task
+
+
+@pytest.mark.parametrize("passes", [1, 3])
+def test_passes_of_the_reward_model_over_a_batch(tiny_model, monkeypatch, passes):
+    batch, seen = two_prompts(), []
+    old = old_policy(LanguageModel(tiny_model(2)), PAPER, batch.answers)
+    learn = lambda model, objective, answers, *_: seen.append([batch.answers.index(a) for a in answers]) or 0.0  # noqa: E731
+    monkeypatch.setattr(reward_update, "backward_reward_loss", learn)
+    monkeypatch.setattr(reward_update, "apply_step", lambda *_: 0.0)
+    settings = RlRewardModel(name="x", batch=4, passes=passes)
+    update_reward_model(LanguageModel(tiny_model(1)), None, Ipvrm(), settings, PAPER, batch, old, old.logprobs_N, 1, 1)
+    assert [len(index) for index in seen] == [4, 2] * passes
+    for first, second in zip(seen[::2], seen[1::2], strict=True):
+        assert sorted(first + second) == list(range(6))
+
+
 @pytest.mark.parametrize(("form", "expected"), [("std_plus_eps", 2.0), ("floored_std", 4.0)])
 def test_the_form_of_sigma(form, expected):
     """Values of std 1e-6, as large as eps: 4e-6 is divided by their sum, or by the larger of them."""
@@ -168,3 +239,15 @@ def test_the_order_of_a_step(tiny_config, monkeypatch, update, order):
     learner = Learner("x", rl, rl.resolved(), policy, sampler, {"policy": None, "reward_model": None}, object())
     rl_step(SimpleNamespace(seed=lambda *_: None), learner, 1, 0, lambda *_, **__: None)
     assert done == order
+
+
+@pytest.mark.parametrize(
+    ("seed", "seeded", "stream"), [(None, ("rl", "x", 4), "rl"), (0, ("rl", 0, 4), "rl 0"), (7, ("rl", 7, 4), "rl 7")]
+)
+def test_runs_of_one_seed_draw_the_same_whatever_their_names(tiny_config, monkeypatch, seed, seeded, stream):
+    told, nothing = [], replace(two_prompts(), answers=[])
+    monkeypatch.setattr(step_module, "collect", lambda *given: told.append(given[-1]) or nothing)
+    rl = tiny_config(rl={"x": {"seed": seed}}).rl["x"]
+    learner = Learner("x", rl, rl.resolved(), None, None, {})
+    rl_step(SimpleNamespace(seed=lambda *given: told.append(given)), learner, 4, 0, None)
+    assert told == [seeded, stream]

@@ -115,9 +115,10 @@ def _parser() -> argparse.ArgumentParser:
     phase("report", "Write RUN/report/index.html and its pictures.", _report)
 
     seeds = commands.add_parser(
-        "compare", help="Mean and spread over the evaluations of several runs (seeds), as Markdown."
+        "compare", help="Several runs (seeds) as Markdown: policies in pairs, mean and spread of every evaluation."
     )
     seeds.add_argument("runs", nargs="+", type=Path, help="run folders")
+    seeds.add_argument("--against", metavar="NAME", help="policy run that the others are paired with (the first)")
     seeds.add_argument("--plot", type=Path, help="also draw the reward models: FILE.png, .svg or .pdf")
     seeds.set_defaults(function=_compare)
 
@@ -229,7 +230,7 @@ def _run(options) -> None:
 def _compare(options) -> None:
     from ipvrm_core.trainer.report.compare import compare
 
-    print(compare(options.runs))
+    print(compare(options.runs, options.against))
     if options.plot:
         from ipvrm_core.trainer.report.compare_plot import draw
 

@@ -83,6 +83,8 @@ class Config(Section):
                 )
             if rl.reward_model:
                 self._check_use(name, rl)
+            if rl.credit == "oracle" and not self.task:
+                raise ValueError(f"rl.{name}.credit = 'oracle' needs a built-in task, which knows the truth: data.task")
         for name in [*self.rm, *self.rl]:
             if not NAME.fullmatch(name):
                 raise ValueError(
@@ -135,6 +137,12 @@ class Config(Section):
             raise ValueError(
                 f"rl.{name}.method.td_reference must be 'old' for the objective {used.objective!r}, "
                 f"whose scores are no log-ratios; got 'sft'"
+            )
+        agreement = "agreement" in (method.candidate_form, method.single_candidate)
+        if agreement and (method.td_reference != "old" or not objective.reference):
+            raise ValueError(
+                f"rl.{name}.method: agreement (candidate_form, single_candidate) needs log-ratios to the old policy as "
+                f"TD errors; got td_reference = {method.td_reference!r}, objective {used.objective!r}"
             )
         alpha = method.alpha
         if objective.head == "value" and alpha:

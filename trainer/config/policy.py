@@ -27,6 +27,7 @@ class RlRewardModel(Section):
     )
     optim: Optim = Optim(lr=1e-4)
     batch: Positive = Field(64, description="sequences per reward-model step")
+    passes: Positive = Field(1, description="over the batch of a step")
 
 
 class Batch(Section):
@@ -83,6 +84,16 @@ class Rl(Section):
     preset: Literal["paper", "official"] = Field("paper", description="where method and batch start from")
     method: Annotated[dict[str, Any], Method] = Field({}, description="What differs from the preset.")
     batch: Batch = Batch()
+    credit: Literal["reward_model", "oracle", "policy"] = Field(
+        "reward_model",
+        description="of the candidates. oracle: 1 for the token that a built-in task demands, -1 for the others: "
+        "perfect credit. policy: 2 pi_old - 1, which sharpens and knows nothing: what credit must beat",
+    )
+    seed: Annotated[int, Field(ge=0)] | None = Field(
+        None,
+        description="of problems, answers and minibatches: equal for runs that are to be compared, another for a "
+        "repetition; None: the run's name is one",
+    )
     steps: Positive = Field(100, description="batches of rollouts that are learnt from")
     epochs: Positive = Field(1, description="passes over a batch of rollouts")
     minibatch: Positive = Field(256, description="sequences per policy step")
@@ -108,6 +119,11 @@ class Rl(Section):
             raise ValueError(f"method.p_min must be at least {1 / MOST:g}; got {method.p_min}")
         candidate_slots(method.p_min, top_k=method.top_k)
         self._check_estimator(method)
+        if self.credit != "reward_model" and (self.reward_model or not method.alpha):
+            raise ValueError(
+                f"credit = {self.credit!r} needs method.alpha > 0 and no reward_model: it takes the place of its TD "
+                f"errors; got alpha = {method.alpha}, {'a' if self.reward_model else 'no'} reward_model"
+            )
         method.loss_config(kl_coef=self.kl_coef, entropy_coef=self.entropy_coef)
         self.__dict__ |= {"method": asdict(method), "batch": batch}  # resolved: what config.json shows is what runs
         return self

@@ -18,6 +18,9 @@ from ipvrm_core.trainer.metrics import MetricsLog
 from ipvrm_core.trainer.phases.training import phase_folder
 from ipvrm_core.trainer.reward import needs_reference
 
+Answers = Callable[[], OwnAnswers]
+Others = Callable[[], dict[str, OwnAnswers]]
+
 
 def run(experiment: Experiment, resume: bool = False) -> None:
     """Writes eval/<kind>-<name>.json for every job of `_jobs`, eval/results.json with all, a line of metrics each."""
@@ -51,9 +54,10 @@ def _jobs(experiment: Experiment) -> dict[str, Callable[[], dict]]:
     jobs |= {f"policy-{name}": partial(_policy, experiment, run / "rl" / name / "model") for name in config.rl}
     if experiment.task or config.eval.best_of_n:
         own = cache(lambda: sample_own(experiment, experiment.start_policy().eval()))  # made when first asked for
-        jobs |= {f"rm-{name}": partial(_offline, experiment, name, own) for name in config.rm}
+        others = cache(lambda: _without_reward_model(experiment))
+        jobs |= {f"rm-{name}": partial(_offline, experiment, name, own, others) for name in config.rm}
         updated = [name for name, rl in config.rl.items() if rl.reward_model and rl.reward_model.update != "none"]
-        jobs |= {f"online-{name}": partial(_online, experiment, name, own) for name in updated}
+        jobs |= {f"online-{name}": partial(_online, experiment, name, own, others) for name in updated}
     if config.eval.rank_prompts:
         ranked = [name for name, settings in config.rm.items() if needs_reference(settings.build())]
         jobs |= {f"rank-{name}": partial(_rank, experiment, run / "rm" / name / "model") for name in ranked}
@@ -68,19 +72,29 @@ def _policy(experiment: Experiment, path: Path | None) -> dict:
     return result
 
 
-def _offline(experiment: Experiment, name: str, own: Callable[[], OwnAnswers]) -> dict:
+def _without_reward_model(experiment: Experiment) -> dict[str, OwnAnswers]:
+    """Answers of the first policy run that learns from outcomes alone (GRPO), whose positions owe nothing to credit."""
+    names = [name for name, rl in experiment.config.rl.items() if not rl.reward_model and rl.credit == "reward_model"]
+    if not names or not experiment.task:
+        return {}
+    policy = experiment.load(experiment.run / "rl" / names[0] / "model").eval()
+    return {names[0]: sample_own(experiment, policy)}
+
+
+def _offline(experiment: Experiment, name: str, own: Answers, others: Others) -> dict:
     reward_model = experiment.load(experiment.run / "rm" / name / "model").eval()
     objective = experiment.config.rm[name].build()
-    return judge(experiment, reward_model, own().policy, objective, own())
+    return judge(experiment, reward_model, own().policy, objective, own(), others())
 
 
-def _online(experiment: Experiment, name: str, own: Callable[[], OwnAnswers]) -> dict:
+def _online(experiment: Experiment, name: str, own: Answers, others: Others) -> dict:
     """Against what its last updates compared it with: the start, or the policy, of which the final one is at hand."""
     rl, folder = experiment.config.rl[name], experiment.run / "rl" / name
     fixed = rl.resolved().online_reference == "sft"
     reference = own().policy if fixed else experiment.load(folder / "model").eval()
     reward_model = experiment.load(folder / "reward_model").eval()
-    return judge(experiment, reward_model, reference, experiment.config.rm[rl.reward_model.name].build(), own())
+    objective = experiment.config.rm[rl.reward_model.name].build()
+    return judge(experiment, reward_model, reference, objective, own(), others())
 
 
 def _rank(experiment: Experiment, path: Path) -> dict:

@@ -6,6 +6,8 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import NamedTuple
 
+from ipvrm_core.trainer.report import paired
+
 TITLES = {"policy-": "policy", "rm-": "reward model", "online-": "reward model after online updates"}
 
 
@@ -17,10 +19,14 @@ class Measure(NamedTuple):
     levels: dict[str, str]
 
 
-def compare(runs: Sequence[Path]) -> str:
-    """Markdown: reward models in short, then all numbers of every model. All runs must hold the same models."""
+def compare(runs: Sequence[Path], against: str | None = None) -> str:
+    """Markdown: policies in pairs and reward models in short, then all numbers of every model.
+
+    against: the policy run that the others are paired with; None: the first. All runs must hold the same models.
+    """
     results = read_results(runs)
-    parts = [_short(results)] if reward_models(results) else []
+    parts = [pairs] if (pairs := paired.table(paired.outcomes(runs, results), against)) else []
+    parts += [_short(results)] if reward_models(results) else []
     for kind, title in TITLES.items():
         rows = {name.removeprefix(kind): _of(results, name) for name in results[0] if name.startswith(kind)}
         if rows:

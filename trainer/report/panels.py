@@ -41,6 +41,10 @@ POLICY = {
         Panel("candidates", "Candidates per position, mean |C|", "tokens per position"),
         Panel("candidate_mass", "Probability held by the candidates", "% of probability", 100),
         Panel("several_candidates", "Positions with several candidates", "% of positions", 100),
+        Panel("credit", "Open positions where the due token has the largest TD error", "%", 100, optional=True),
+        Panel("credit_gain", "Of perfect credit's step, what the credit's has", "%", 100, optional=True),
+        Panel("credit_policy", "Open positions where the due token is the policy's own", "%", 100, optional=True),
+        Panel("credit_open", "Open positions with a due token", "% of positions", 100, optional=True),
     ),
     "Reward model and advantages": (
         Panel("rm_auc", "Reward model AUC on the batch", "AUC (0.5 = chance)"),

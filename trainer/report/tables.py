@@ -85,6 +85,9 @@ def method(config: Config, name: str) -> str:
     if rl is None:
         return ""
     settings = rl.resolved()
+    if rl.credit != "reward_model":
+        credit = {"oracle": "perfect credit", "policy": "its own probabilities as credit"}[rl.credit]
+        return f"DistRL with {credit}, no reward model, α = {settings.alpha:g}"
     outcome, estimator = settings.outcome.upper(), settings.estimator.upper()
     if rl.reward_model is None:
         return f"{outcome}, " + ("self-guided (SPRO)" if estimator == "MSA" else "outcome reward only")

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,13 +12,29 @@ from ipvrm_core.method import Method
 from ipvrm_core.sequences.advantages import answer_advantages
 from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import Batch
+from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.sampling.base import Sample, Sampler
 from ipvrm_core.trainer.sampling.verified import right_share
+from ipvrm_core.trainer.truth import due_tokens
 from ipvrm_core.trainer.verify import Verdict
 from ipvrm_core.trainer.verify.base import all_decided
 
-Group = list[tuple[Sample, Verdict]]  # the answers to one prompt
+
+class Group(NamedTuple):
+    """The answers to one prompt."""
+
+    example: Example
+    samples: list[Sample]
+    verdicts: list[Verdict]
+
+    @property
+    def judged(self) -> bool:
+        return all_decided(self.verdicts)
+
+    @property
+    def right(self) -> int:
+        return sum(verdict.correct for verdict in self.verdicts)
 
 
 @dataclass(frozen=True)
@@ -30,13 +47,14 @@ class Collected:
     group_mean_B: Tensor  # mu of the answer's prompt
     cursor: int  # the next unused training example
     numbers: dict[str, float]
+    due_N: Tensor | None = None  # the token that a built-in task demands, -1 where it leaves it open
 
     def outcome(self, method: Method) -> Tensor:
         """The advantage of each whole answer: [B]."""
         return answer_advantages(self.rewards_B, self.groups_B, method.outcome)
 
 
-def collect(experiment: Experiment, sampler: Sampler, batch: Batch, cursor: int) -> Collected:
+def collect(experiment: Experiment, sampler: Sampler, batch: Batch, cursor: int, stream: str = "rl") -> Collected:
     """Sample `prompts` prompts x `rollouts` answers and keep the first `keep_prompts` of the mixed ones, 0 < mu < 1,
     with mu in `accuracy_range`. A prompt with an answer that has no verdict is left out altogether.
 
@@ -47,25 +65,26 @@ def collect(experiment: Experiment, sampler: Sampler, batch: Batch, cursor: int)
     groups: list[Group] = []
     enough = batch.keep_prompts if batch.too_few_mixed == "sample_on" else 1
     for _ in range(batch.max_rounds):
-        groups += _round(experiment, sampler, batch, cursor)
+        groups += _round(experiment, sampler, experiment.examples(stream, cursor, batch.prompts), batch.rollouts)
         cursor += batch.prompts
-        judged = [group for group in groups if all_decided(verdict for _, verdict in group)]
-        good = [group for group in judged if batch.keeps(_right(group))]
+        judged = [group for group in groups if group.judged]
+        good = [group for group in judged if batch.keeps(group.right)]
         if len(good) >= enough:
             break
     kept = good[: batch.keep_prompts]
     if good and batch.too_few_mixed == "fill":
-        others = [group for group in judged if not batch.keeps(_right(group))]
+        others = [group for group in judged if not batch.keeps(group.right)]
         kept = kept + others[: batch.keep_prompts - len(kept)]
-    rewards_GS = torch.tensor([[float(verdict.correct) for _, verdict in group] for group in kept])
+    rewards_GS = torch.tensor([[float(verdict.correct) for verdict in group.verdicts] for group in kept])
     rewards_GS = rewards_GS.view(len(kept), batch.rollouts)  # also where none is kept
-    statuses = Counter(verdict.status for group in groups for _, verdict in group)
+    statuses = Counter(verdict.status for group in groups for verdict in group.verdicts)
     return Collected(
-        answers=[Answer(sample.prompt_ids, sample.response_ids) for group in kept for sample, _ in group],
+        answers=[Answer(sample.prompt_ids, sample.response_ids) for group in kept for sample in group.samples],
         rewards_B=rewards_GS.flatten().to(experiment.device),
         groups_B=torch.arange(len(kept)).repeat_interleave(batch.rollouts).to(experiment.device),
         group_mean_B=rewards_GS.mean(1).repeat_interleave(batch.rollouts).to(experiment.device),
         cursor=cursor,
+        due_N=_due(experiment, kept),
         numbers={
             **_round_numbers(groups[: batch.prompts]),
             "sampled_prompts": len(groups),
@@ -76,24 +95,27 @@ def collect(experiment: Experiment, sampler: Sampler, batch: Batch, cursor: int)
     )
 
 
-def _round(experiment: Experiment, sampler: Sampler, batch: Batch, cursor: int) -> list[Group]:
-    examples, size = experiment.examples("rl", cursor, batch.prompts), batch.rollouts
-    found = experiment.asker.ask(sampler, examples, experiment.drawing(size))
-    pairs = list(zip(*found, strict=True))
-    return [pairs[start : start + size] for start in range(0, len(pairs), size)]
+def _round(experiment: Experiment, sampler: Sampler, examples: Sequence[Example], size: int) -> list[Group]:
+    samples, verdicts = experiment.asker.ask(sampler, examples, experiment.drawing(size))
+    pieces = [slice(start, start + size) for start in range(0, len(samples), size)]
+    return [Group(example, samples[own], verdicts[own]) for example, own in zip(examples, pieces, strict=True)]
 
 
-def _right(group: Group) -> int:
-    return sum(verdict.correct for _, verdict in group)
+def _due(experiment: Experiment, kept: Sequence[Group]) -> Tensor | None:
+    if experiment.task is None:
+        return None
+    examples = [group.example for group in kept for _ in group.samples]
+    responses = [sample.response_ids for group in kept for sample in group.samples]
+    return due_tokens(experiment.task, experiment.text, examples, responses).to(experiment.device)
 
 
 def _round_numbers(groups: Sequence[Group]) -> dict[str, float]:
     """Statistics of the first round only: later rounds are the same policy on more prompts."""
-    samples = [sample for group in groups for sample, _ in group]
-    judged = [group for group in groups if all_decided(verdict for _, verdict in group)]
+    samples = [sample for group in groups for sample in group.samples]
+    judged = [group for group in groups if group.judged]
     return {
-        "accuracy": right_share([verdict for group in groups for _, verdict in group]),
-        "mixed_prompts": sum(0 < _right(group) < len(group) for group in judged) / max(1, len(judged)),
+        "accuracy": right_share([verdict for group in groups for verdict in group.verdicts]),
+        "mixed_prompts": sum(0 < group.right < len(group.samples) for group in judged) / max(1, len(judged)),
         "response_length": sum(len(sample.response_ids) for sample in samples) / len(samples),
         "finished": sum(sample.finished for sample in samples) / len(samples),
     }

@@ -75,9 +75,9 @@ def make_policy_batch(
     rows_N = torch.cat([torch.arange(bounds[b], bounds[b + 1]) for b in index]).to(device)
     lengths_B = torch.tensor([bounds[b + 1] - bounds[b] for b in index], device=device)
     rows, advantages_NS = credit.credit.rows(rows_N), credit.credit.credit_NS[rows_N]
-    if advantages_NS.shape[1] > 1:
+    if rows.values_N is not None:
         scope_N = rows.values_N if method.sigma_scope == "minibatch" else credit.credit.values_N
-        advantages_NS = rows.advantages(batch_sigma(scope_N, method))
+        advantages_NS = rows.advantages(method, batch_sigma(scope_N, method))
     return PolicyBatch.of(
         credit.ids_NS[rows_N],
         credit.old_logprobs_NS[rows_N],

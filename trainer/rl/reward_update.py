@@ -29,19 +29,21 @@ def update_reward_model(
     step: int,
     total: int,
 ) -> dict[str, float]:
-    """One pass over the batch with the difficulty boundary and the dynamic loss weights, where the objective has them.
+    """`passes` over the batch with the difficulty boundary and the dynamic loss weights, where the objective has them.
 
     ref_logprobs_N: of the reference that the method names, the old policy's or the start's.
     """
     weights_B = torch.ones_like(batch.rewards_B)
-    if objective.dynamic_weights:
+    if objective.dynamic_weights and method.dlw_scale != "none":
         weights_B = dynamic_loss_weights(batch.rewards_B, batch.group_mean_B, method.dlw_scale)
-    boundary_B = difficulty_boundary(batch.group_mean_B) if objective.boundary else None
-    order, bounds = torch.randperm(len(batch.answers)).tolist(), old.cu_seqlens.tolist()
+    boundary_B = difficulty_boundary(batch.group_mean_B) if objective.boundary and method.online_boundary else None
+    size, bounds = len(batch.answers), old.cu_seqlens.tolist()
+    orders = [torch.randperm(size).tolist() for _ in range(settings.passes)]
     model.train()
     losses, norm = [], 0.0
-    for start in range(0, len(order), settings.batch):
-        index = order[start : start + settings.batch]
+    for index in (
+        order[start : start + settings.batch] for order in orders for start in range(0, size, settings.batch)
+    ):
         rows_N = torch.cat([torch.arange(bounds[b], bounds[b + 1]) for b in index]).to(ref_logprobs_N.device)
         losses.append(
             backward_reward_loss(

@@ -41,8 +41,8 @@ def rl_step(
     cursor: the next unused training example. uses: is told what the step trains on. Returns the batch and the numbers.
     """
     rl, method = learner.rl, learner.method
-    experiment.seed("rl", learner.name, step)
-    batch = collect(experiment, learner.sampler, rl.batch, cursor)
+    experiment.seed("rl", learner.name if rl.seed is None else rl.seed, step)
+    batch = collect(experiment, learner.sampler, rl.batch, cursor, "rl" if rl.seed is None else f"rl {rl.seed}")
     if not batch.answers:
         return batch, batch.numbers
     uses(batch.answers, rewards=batch.rewards_B.tolist(), groups=batch.groups_B.tolist())
@@ -57,7 +57,8 @@ def rl_step(
 
     schedule = rl.reward_model.update if rl.reward_model else "none"
     rm_numbers = update_rm() if schedule == "before" else {}
-    credit = assign(method, batch, old, learner.reward_model, learner.objective, ref_N, learner.reference)
+    scorer = learner.reward_model, learner.objective, ref_N, learner.reference
+    credit = assign(method, batch, old, *scorer, rl.credit)
     policy_numbers = update_policy(
         learner.policy,
         learner.optimizers["policy"],

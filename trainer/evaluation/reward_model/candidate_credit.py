@@ -13,21 +13,7 @@ from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.sampling.base import Sample
-
-
-def true_tokens(experiment: Experiment, examples: Sequence[Example], samples: Sequence[Sample]) -> torch.Tensor:
-    """The due token id of every packed response token, -1 where the task does not determine it: [N]."""
-    tokenizer, due = experiment.text.tokenizer, []
-    for example, sample in zip(examples, samples, strict=True):
-        text = experiment.text.decode(sample.response_ids)
-        ids, special = sample.response_ids, set(tokenizer.all_special_ids)
-        starts = {len(experiment.text.decode(ids[:t])): t for t, token in enumerate(ids) if token not in special}
-        row = [-1] * len(sample.response_ids)
-        for position, character in experiment.task.due_positions(example, text):
-            if position in starts:
-                row[starts[position]] = tokenizer.convert_tokens_to_ids(character)
-        due += row
-    return torch.tensor(due)
+from ipvrm_core.trainer.truth import due_tokens
 
 
 def candidate_credit(
@@ -37,16 +23,18 @@ def candidate_credit(
     examples: Sequence[Example],
     samples: Sequence[Sample],
     p_min: float = 0.1,
-    reference: bool = True,
+    reference: LanguageModel | bool = True,
 ) -> dict[str, float]:
     """Shares over the qualifying positions: {"positions": count, "chance", "policy", "<reward model>", ...}.
 
-    reference: the reward models' scores are log-ratios to the policy, else log-probs alone.
+    policy: whose candidates say which positions qualify. reference: the reward models' scores are log-ratios to the
+    policy, or to another one, so that positions stay fixed while it learns; False: log-probs alone.
     """
     answers = [Answer(sample.prompt_ids, sample.response_ids) for sample in samples]
     candidates = policy.candidates(answers, p_min)
     all_NK, old_NK = candidates.ids_NS[:, 1:], candidates.logprobs_NS[:, 1:]
-    true_N = true_tokens(experiment, examples, samples).to(all_NK.device)
+    due_N = due_tokens(experiment.task, experiment.text, examples, [answer.response_ids for answer in answers])
+    true_N = due_N.to(all_NK.device)
     usable_N = (true_N >= 0) & (candidates.counts_N > 1) & (all_NK == true_N[:, None]).any(1)
     ids_NK, true_N = all_NK[usable_N], true_N[usable_N]
     if not len(ids_NK):
@@ -61,7 +49,11 @@ def candidate_credit(
         "chance": (1 / candidates.counts_N[usable_N]).mean().item(),
         "policy": share(old_NK),
     }
+    against_NK = old_NK
+    if reference is False:
+        against_NK = torch.zeros_like(old_NK)
+    elif isinstance(reference, LanguageModel):
+        against_NK = reference.slot_logprobs(answers, all_NK)
     for name, model in reward_models.items():
-        score_NK = model.slot_logprobs(answers, all_NK)
-        result[name] = share(score_NK - old_NK if reference else score_NK)
+        result[name] = share(model.slot_logprobs(answers, all_NK) - against_NK)
     return result

@@ -1,5 +1,7 @@
 """How good a reward model of a run is: steps located, candidates credited, answers chosen."""
 
+from collections.abc import Mapping
+
 from ipvrm_core.objectives import Objective
 from ipvrm_core.trainer.evaluation.reward_model.candidate_credit import candidate_credit
 from ipvrm_core.trainer.evaluation.reward_model.localisation import best_f1, f1_at
@@ -12,16 +14,30 @@ STYLES = ("train", "terse", "sampled")
 
 
 def judge(
-    experiment: Experiment, reward_model: LanguageModel, reference: LanguageModel, objective: Objective, own: OwnAnswers
+    experiment: Experiment,
+    reward_model: LanguageModel,
+    reference: LanguageModel,
+    objective: Objective,
+    own: OwnAnswers,
+    others: Mapping[str, OwnAnswers],
 ) -> dict:
-    """{localisation, candidate_credit} where the task labels steps, {best_of_n} where eval.best_of_n asks for it."""
+    """{localisation, candidate_credit} where the task labels steps, {best_of_n} where eval.best_of_n asks for it.
+
+    candidate_credit: on the start's answers, where the reference has several candidates. candidate_credit_start: where
+    the start has, which stays as the policy learns. candidate_credit_<name>: on the answers of another policy, where
+    that one has.
+    """
     result: dict = {}
     if experiment.task:
         result["localisation"] = _localisation(experiment, reward_model, reference, objective, own)
         scored = {} if objective.head == "value" else {"reward_model": reward_model}  # no candidates' scores there
-        result["candidate_credit"] = candidate_credit(
-            experiment, reference, scored, own.examples, own.first, reference=objective.reference
-        )
+        against = objective.reference and reference
+        places = {"": (reference, own), "_start": (own.policy, own)}
+        places |= {f"_{name}": (answers.policy, answers) for name, answers in others.items()}
+        for place, (policy, answers) in places.items():
+            result[f"candidate_credit{place}"] = candidate_credit(
+                experiment, policy, scored, answers.examples, answers.first, reference=against
+            )
     if experiment.config.eval.best_of_n:
         result["best_of_n"] = best_of_n(experiment, reward_model, reference, objective, own)
     return result

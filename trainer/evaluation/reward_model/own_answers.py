@@ -1,4 +1,4 @@
-"""The starting policy's own answers to the test prompts, the same for every reward model of a run, and their scores.
+"""A policy's own answers to the test prompts, the same for every reward model of a run, and their scores.
 
 Shape letters: N packed response tokens, R answers, M answers of one prompt.
 """
