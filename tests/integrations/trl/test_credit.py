@@ -121,11 +121,19 @@ def test_spro_needs_no_reward_model(build, models, reference):
     torch.testing.assert_close(out["advantages"][batch.mask_BT].double(), expected, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("objective", ["ipvrm", "implicit_prm", "prime", "repirl"])
-def test_the_reward_model_learns_its_objective(build, objective):
+@pytest.mark.parametrize(
+    ("objective", "reference"), [("ipvrm", "old"), ("implicit_prm", "old"), ("prime", "sft"), ("repirl", "sft")]
+)
+def test_the_reward_model_learns_its_objective(build, models, objective, reference):
     """The gradient of one step is that of the objective on full logits, whatever the micro-batches."""
     d = {"objective": objective, "online": "after", "learning_rate": 1e-3, "right_above": 0.6}
-    trainer = build({"per_device_train_batch_size": 2, "steps_per_generation": 4}, d, rollout_func=cases.rollouts)
+    start = cases.model_of(models, "untied")
+    trainer = build(
+        {"per_device_train_batch_size": 2, "steps_per_generation": 4},
+        {**d, "online_reference": reference},
+        rollout_func=cases.rollouts,
+        reference_model=start,
+    )
     model, seen = trainer.reward_model.asked.model, {}
     trainer.args.max_grad_norm = 0
     trainer.reward_model.optimizer.register_step_pre_hook(
@@ -148,10 +156,13 @@ def test_the_reward_model_learns_its_objective(build, objective):
     T = batch.mask_BT.shape[1]
     logp = logits[:, -T - 1 : -1][batch.mask_BT].log_softmax(-1).gather(1, batch.tokens_N[:, None])[:, 0]
     old = torch.cat([logprobs[:, 0] for _, logprobs, _ in out["distrl"]])
+    against = old
+    if reference == "sft":
+        against = rows(trainer, start, batch).log_softmax(-1).gather(1, batch.tokens_N[:, None])[:, 0].float()
     if trainer.objective.reweighs:
-        weights = trainer.objective.reweigh(logp - old, old, batch.cu_seqlens, labels, weights)
+        weights = trainer.objective.reweigh(logp - against, old, batch.cu_seqlens, labels, weights)
     rm_batch = RewardBatch(batch.cu_seqlens, labels, weights, boundary)
-    trainer.objective.loss(logp - old, rm_batch).backward()
+    trainer.objective.loss(logp - against, rm_batch).backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(seen[name], parameter.grad, rtol=1e-4, atol=1e-6, msg=name)
 
