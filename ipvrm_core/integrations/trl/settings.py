@@ -1,73 +1,38 @@
 """What a user sets, and what is refused by name before anything runs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import Annotated, Any, Literal
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
-from ipvrm_core import estimators, objectives
+from ipvrm_core import estimators
 from ipvrm_core.heads import head_of
-from ipvrm_core.method import Method
-from ipvrm_core.objectives import Objective
-from ipvrm_core.reference.candidates import candidate_slots
+from ipvrm_core.integrations.settings import Hosted
 
-TRLS = {  # what GRPOConfig decides
-    "outcome": "scale_rewards",
-    "clip_low": "epsilon",
-    "clip_high": "epsilon_high",
-    "dual_clip": "delta",
-    "aggregation": "loss_type",
-    "sigma_scope": "steps_per_generation",
-}
 CLIPPED, BY_ROWS = ("grpo", "bnpo", "dr_grpo", "dapo"), ("cispo", "sapo")  # what `fused` knows: distrl_loss, row_loss
 
 
 @dataclass(frozen=True)
-class DistRL(Method):
-    """The switches of `Method` that GRPOConfig does not have, the reward model's learning, and the way to run.
+class DistRL(Hosted):
+    """The switches of `Method` that GRPOConfig does not have, the reward model's learning, and the way to run."""
 
-    sigma_V is that of a generation batch, over all processes.
-    """
+    theirs: ClassVar[Mapping[str, str]] = {
+        "outcome": "GRPOConfig(scale_rewards=...)",
+        "clip_low": "GRPOConfig(epsilon=...)",
+        "clip_high": "GRPOConfig(epsilon_high=...)",
+        "dual_clip": "GRPOConfig(delta=...)",
+        "aggregation": "GRPOConfig(loss_type=...)",
+        "sigma_scope": "GRPOConfig(steps_per_generation=...)",
+    }
 
-    sigma_scope: Literal["minibatch", "batch"] = "batch"
-    objective: Annotated[str, "the reward model's: a file of ipvrm_core/objectives, or package.module:Class"] = "ipvrm"
-    objective_args: Annotated[Mapping[str, Any], "its settings besides beta"] = field(default_factory=dict)
-    beta: Annotated[float | None, "of TD errors and objective; None: the objective's own, 10 for ipvrm"] = None
-    online: Annotated[
-        Literal["none", "before", "after"], "the reward model learns from each batch, before or after it scores it"
-    ] = "none"
     learning_rate: Annotated[float, "of AdamW for the reward model that learns"] = 1e-6
-    right_above: Annotated[float, "the weighted sum of rewards above which an answer is right to its objective"] = 0.5
     fused: Annotated[bool, "replace TRL's loss by the fused one; refused where they are not equal"] = False
 
     def __post_init__(self) -> None:
-        defaults = {setting.name: setting.default for setting in fields(self)}
-        for name, theirs in TRLS.items():
-            if getattr(self, name) != defaults[name]:
-                raise ValueError(f"{name} is TRL's to decide, by GRPOConfig({theirs}=...); got {getattr(self, name)!r}")
-        for name, allowed in (("online", ("none", "before", "after")), ("fused", (True, False))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, allowed))}; got {getattr(self, name)!r}")
+        super().__post_init__()
+        if self.fused not in (True, False):
+            raise ValueError(f"fused must be True or False; got {self.fused!r}")
         if self.online != "none" and not self.learning_rate > 0:
             raise ValueError(f"learning_rate must be > 0 for a reward model that learns; got {self.learning_rate}")
-        estimators.find(self.estimator)
-        candidate_slots(self.p_min, top_k=self.top_k)
-        self.loss_config()
-        self.reward_objective()
-
-    def reward_objective(self) -> Objective:
-        """What the reward model was trained by; where it learns online, with the online margin."""
-        found = objectives.find(self.objective)
-        settings = dict(self.objective_args)
-        if self.beta is not None:
-            settings["beta"] = self.beta
-        if found.boundary and self.online != "none":
-            settings.setdefault("margin", self.online_margin)
-        return found(**settings)
-
-    def needs_reference(self, reward_model: bool) -> bool:
-        """Whether the start of the policy is looked at."""
-        own = not reward_model and estimators.find(self.estimator).token_rewards == "own"
-        return own or "sft" in (self.td_reference, self.online_reference if self.online != "none" else None)
 
 
 def trl_version() -> tuple[int, ...]:
@@ -95,10 +60,6 @@ def check(trainer) -> None:
     if trainer.loss_type == "luspo" and trl_version() < (1, 10):
         raise ValueError("loss_type='luspo' counts padding in this version of TRL; DistRL needs 1.10 or newer for it")
     head_of(trainer.model)  # ValueError for one with adapters
-    if trainer.objective.head == "value":
-        raise ValueError(f"the reward model must be a language model; objective {d.objective!r} has a value head")
-    if d.online != "none" and (trainer.objective.pairwise or not trainer.objective.trains):
-        raise ValueError(f"online={d.online!r} needs an objective of single answers; got {d.objective!r}")
     if d.fused:
         _check_fused(trainer)
 
