@@ -60,13 +60,16 @@ def assign_credit(
     method: Method,
     process_group=None,
     beta: float | None = None,
+    outcome_B: Tensor | None = None,
 ) -> Credit:
     """A_t by the method's outcome and estimator, TD errors by its rules for the last token and the baseline.
 
     delta_NS: TD errors of the slots, or [N, 1] where only sampled tokens have a reward; None: there are none.
     beta: of the TD errors, which then are against pi_old; `agreement` needs it.
+    outcome_B: advantages of the answers that a framework has made itself; None: those of the method's outcome.
     """
-    outcome_B = answer_advantages(rewards_B, groups_B, method.outcome, process_group)
+    if outcome_B is None:
+        outcome_B = answer_advantages(rewards_B, groups_B, method.outcome, process_group)
     if delta_NS is None:
         return Credit(expand(outcome_B, cu_seqlens, len(ids_NS))[:, None], None)
     delta_NK, done_N = _of_candidates(delta_NS, ids_NS, old_logprobs_NS, method, beta)

@@ -1,0 +1,134 @@
+"""verl's FSDP2 engine with DistRL: candidates, TD errors and loss are those of full logits; on two processes too."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import verl_cases as cases
+from transformers import AutoModelForCausalLM
+from verl_steps import CANDIDATES, MODES, TD_ERRORS, infer, one_step, rank_main, rows_of, start, step, with_slots
+
+import ipvrm_core as ic
+from ipvrm_core import objectives
+from ipvrm_core.integrations.verl.credit import reward_fields, reward_loss
+from ipvrm_core.integrations.verl.settings import DistRL
+from ipvrm_core.objectives import RewardBatch
+from ipvrm_core.reference.policy_loss import ppo_terms
+
+
+@pytest.fixture(scope="module")
+def process_group(free_port):
+    start(free_port)
+    yield
+    dist.destroy_process_group()
+
+
+def logits(path: str, data, grad: bool = False) -> tuple[torch.Tensor, torch.nn.Module]:
+    """Of the rows [N, V], from a plain model, one sequence at a time."""
+    model, rows = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), rows_of(data)
+    with torch.set_grad_enabled(grad):
+        found = torch.cat([model(ids[None]).logits[0] for ids in data["input_ids"].unbind()])
+    return found[rows.index_R][rows.mask_R], model
+
+
+def expected_step(path: str, data, mode: str, alpha: float) -> dict:
+    """The same by autograd on full logits, with verl's aggregation written out."""
+    found, model = logits(path, data, grad=True)
+    rows = rows_of(data)
+    logp = (found / cases.T).log_softmax(-1)
+    counts = rows.cu_seqlens.diff()
+    weights = {
+        "token-mean": torch.full((len(logp),), 1 / len(logp)),
+        "seq-mean-token-mean": (1 / counts / cases.B).repeat_interleave(counts),
+        "seq-mean-token-sum": torch.full((len(logp),), 1 / cases.B),
+    }[mode]
+    ratio = logp.gather(1, rows.tokens_N[:, None])[:, 0] - rows.packed(data["old_log_probs"])
+    total = (weights * ppo_terms(ratio, rows.packed(data["advantages"]), 0.2, 0.28, 3.0)[0]).sum()
+    ids, old, advantages = (rows.packed(data[name])[:, 1:] for name in ("distrl_ids", "distrl_old", "distrl_adv"))
+    ratio = logp.gather(1, ids.clamp(min=0)) - old
+    terms = old.exp() * ppo_terms(ratio, advantages, 0.2, 0.28)[0]
+    total = total + alpha * (weights[:, None] * terms.masked_fill(ids < 0, 0.0)).sum()
+    total.backward()
+    return {"loss": total.item(), "grad_norm": torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()}
+
+
+@pytest.fixture(scope="module")
+def engines(process_group, models):
+    return cases.engine(models["policy"]), cases.engine(models["reward"])
+
+
+def test_candidates_and_td_errors_are_those_of_full_logits(engines, models):
+    data = cases.batch()
+    rows = rows_of(data)
+    found = infer(engines[0], data, CANDIDATES)
+    expected = ic.select_candidates_from_logits(
+        logits(models["policy"], data)[0], rows.tokens_N, p_min=0.05, temperature=cases.T, backend="reference"
+    )
+    assert (expected.counts_N > 1).any()
+    assert rows.packed(found["distrl_ids"]).equal(expected.ids_NS)
+    torch.testing.assert_close(rows.packed(found["distrl_old"]), expected.logprobs_NS, rtol=1e-5, atol=1e-5)
+    assert (found["distrl_ids"].values()[~rows.mask_R] == -1).all()
+
+    data["distrl_ids"], data["distrl_old"] = found["distrl_ids"], found["distrl_old"]
+    delta = rows.packed(infer(engines[1], data, TD_ERRORS)["distrl_delta"])
+    slots = expected.ids_NS, expected.logprobs_NS
+    theirs = ic.td_errors_from_logits(
+        logits(models["reward"], data)[0], *slots, 2.0, temperature=cases.T, backend="reference"
+    )
+    torch.testing.assert_close(delta, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7])
+@pytest.mark.parametrize("mode", MODES)
+def test_the_loss_is_autograds_on_full_logits(engines, models, mode, alpha):
+    data = with_slots(cases.batch(), *engines)
+    found, expected = step(engines[0], data, mode, alpha), expected_step(models["policy"], data, mode, alpha)
+    assert found == pytest.approx(expected, rel=2e-6)
+
+
+def test_without_distrl_it_is_verls_own_engine(process_group, models):
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+    ours = cases.engine(models["policy"])
+    assert isinstance(ours, FSDPEngineWithLMHead)
+    found = step(ours, cases.batch(), "token-mean", 0.0)
+    ours.__class__ = FSDPEngineWithLMHead
+    assert found == step(ours, cases.batch(), "token-mean", 0.0)
+
+
+@pytest.mark.parametrize("name", ["ipvrm", "implicit_prm", "prime"])
+def test_the_reward_models_loss_is_the_objectives(engines, models, name):
+    data, settings = cases.batch(), DistRL(reward_model="x", objective=name, online="before")
+    objective, rewards = settings.reward_objective(), torch.as_tensor(cases.REWARDS).float()
+    assert isinstance(objective, objectives.find(name))
+    for key, value in reward_fields(settings, objective, rewards, cases.uids()).items():
+        data[key] = value
+    taken = one_step(engines[1], data, partial(reward_loss, objective=objective))
+    found, model = logits(models["reward"], data, grad=True)
+    rows = rows_of(data)
+    score = (found / cases.T).log_softmax(-1).gather(1, rows.tokens_N[:, None])[:, 0]
+    score = score - rows.packed(data["old_log_probs"])
+    labels, mu = (rewards > 0.5).float(), rewards.view(-1, 2).mean(1).repeat_interleave(2)
+    weights = torch.full((cases.B,), 1 / cases.B)
+    if objective.dynamic_weights:
+        weights = weights * ic.dynamic_loss_weights(labels, mu)
+    boundary = ic.difficulty_boundary(mu) if objective.boundary else None
+    loss = objective.loss(score, RewardBatch(rows.cu_seqlens, labels, weights, boundary))
+    loss.backward()
+    norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()
+    assert taken == pytest.approx({"loss": loss.item(), "grad_norm": norm}, rel=1e-5)
+
+
+def test_two_processes_do_what_one_does(engines, models, tmp_path, free_port):
+    """FSDP2 on two gloo processes: the same candidates, the same gradient norms."""
+    file = tmp_path / "found.json"
+    mp.spawn(rank_main, args=(free_port + 1, models, file), nprocs=2)
+    ids = infer(engines[0], cases.batch(), CANDIDATES)["distrl_ids"].values()
+    assert torch.load(file.with_suffix(".pt")).equal(ids)
+    for mode, norm in json.loads(file.read_text()).items():
+        assert norm == pytest.approx(
+            step(engines[0], with_slots(cases.batch(), *engines), mode, 0.7)["grad_norm"], rel=2e-6
+        )
