@@ -43,7 +43,7 @@ class Compiled(NamedTuple):
     spilled: int  # local memory (AMD: scratch) of the binary; our kernels have no other use of it
     shared: int
     assembly: str  # PTX, or of AMD the machine's
-    loops: list[Loop]  # over blocks of a row, of NVIDIA's machine code; empty for kernels without BLOCK
+    loops: list[Loop]  # over blocks of a row, of the machine code of sm_90; empty for kernels without BLOCK
 
 
 class _Driver(NamedTuple):
@@ -89,7 +89,8 @@ def _describe(function: JITFunction, kernel, target: str) -> Compiled:
     if "amdgcn" in kernel.asm:
         registers, spilled, found = *_amd_usage(kernel.asm), []
     else:
-        logits_of_a_thread = constants.get("BLOCK", 0) // (32 * metadata.num_warps)
+        counted = constants.get("BLOCK", 0) if target == "sm_90" else 0  # disassembling takes longer than compiling
+        logits_of_a_thread = counted // (32 * metadata.num_warps)
         first = next(iter(kernel.src.signature.values()))  # of a row kernel the logits
         registers, spilled, found = _cubin_usage(kernel.asm, logits_of_a_thread, 4 if first == "*fp32" else 2)
     return Compiled(
