@@ -108,7 +108,7 @@ def target_lines(result: dict) -> dict[str, str]:
 
 def test_targets_are_met_missed_or_not_measured():
     lines = target_lines(gpu_report())
-    assert "90.0% | met" in lines["8B, frozen: at least 88% of the cuBLAS rate on 2 products"]
+    assert "90.0% | missed" in lines["8B, frozen: at least 93% of the cuBLAS rate on 2 products"]
     assert "1.50x | met" in lines["8B, frozen: at least 1.25x faster than eager"]
     assert "0.40 GB | met" in lines["8B, frozen: at most 0.5 GB extra"]
     assert "not measured in this run" in lines["V = 151936: at least 1,000,000 rows in 16 GB extra"]
@@ -119,13 +119,13 @@ def test_targets_are_met_missed_or_not_measured():
 def test_step_cost_says_what_distrl_adds():
     result = gpu_report()
     result["sections"]["correctness"]["rows"].append({"check": "-", "function": "linear_logprobs", "passed": True})
-    passes = {"loss, GRPO": 10.0, "loss, DistRL": 10.2, "old policy, log-prob": 4.0, "old policy, candidates": 4.1}
+    passes = {"loss, GRPO": 10.0, "loss, DistRL": 10.05, "old policy, log-prob": 4.0, "old policy, candidates": 4.1}
     for name, ms in passes.items():
         times = {"median": ms, "p10": ms, "p90": ms}
         row = {"case": "8B", "model": "Qwen3-8B", "frozen": True, "provider": name, "cold_ms": times}
         result["sections"]["step"]["rows"].append(row | {"peak_extra_bytes": 1000 if "GRPO" in name else 1005})
-    assert "loss +2.0% time, +0.5% memory; old-policy pass +2.5% time" in report.step_cost(result)
-    assert "+2.0% | met" in target_lines(result)["8B, frozen: DistRL at most 3% slower than GRPO"]
+    assert "loss +0.5% time, +0.5% memory; old-policy pass +2.5% time" in report.step_cost(result)
+    assert "+0.5% | met" in target_lines(result)["8B, frozen: DistRL at most 1% slower than GRPO"]
     assert "DistRL over GRPO: toy" in report.step_cost(result | {"toy": True})
 
 

@@ -206,7 +206,7 @@ def test_scale_of_the_td_advantages(tiny_model, batch, scope):
     credit = assign(preset, batch, old, reward_model, Ipvrm())
     rows = torch.arange(4, 13)  # the second and third answer
     made = make_policy_batch(preset, credit, [1, 2], old.logprobs_N - 1)
-    credit_NS, values_N = credit.credit
+    credit_NS, values_N, _ = credit.credit
     values = values_N[rows] if scope == "minibatch" else values_N
     expected = credit_NS[rows, 1:] / (values.double().std(unbiased=False) + 1e-6).float()
     torch.testing.assert_close(made.advantages_NS[:, 1:], expected, rtol=1e-5, atol=1e-6)
