@@ -26,8 +26,13 @@ CandidateTerms: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Ten
 ValueAndGradient: TypeAlias = Callable[[LogProbs], tuple[Tensor, list]]
 
 
-def row_work(triton: bool, *arguments, shard: VocabularyShard | None = None, **options) -> "TorchRows | TritonRows":
+def row_work(
+    triton: bool, *arguments, shard: VocabularyShard | None = None, bfloat16_logits: bool = False, **options
+) -> "TorchRows | TritonRows":
     """TorchRows(...) or TritonRows(...), whose interface is the same, or what they are on a rank of a split head."""
+    assert triton or not bfloat16_logits
+    if bfloat16_logits:
+        options["bfloat16_logits"] = True
     if shard is not None:
         return _sharded(triton)(shard, *arguments, **options)
     if not triton:

@@ -33,7 +33,7 @@ def inputs(dtype=torch.float32, weight_grad=True):
 
 
 def op_arguments(batch, need):
-    return pack_batch(batch), pack_config(CONFIG), "", 2 * 4 * V * 7, TRITON, need
+    return pack_batch(batch), pack_config(CONFIG), "", False, 2 * 4 * V * 7, TRITON, need
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
