@@ -28,9 +28,10 @@ def _threshold(logits_BV: Tensor, truncation: Truncation) -> Tensor:
     least_B1 = torch.full_like(max_B1, -math.inf) if min_p is None else max_B1 + math.log(min_p)
     if top_k is None and top_p is None:
         return least_B1
-    V = logits_BV.shape[1]
-    largest_Bk = logits_BV.topk(V if top_k is None else min(top_k, V)).values
-    if top_k is not None:
+    if top_k is None:
+        largest_Bk = logits_BV.sort(descending=True).values
+    else:
+        largest_Bk = logits_BV.topk(min(top_k, logits_BV.shape[1])).values
         least_B1 = torch.maximum(least_B1, largest_Bk[:, -1:])
     if top_p is None or top_p == 1:
         return least_B1
