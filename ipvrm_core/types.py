@@ -38,7 +38,7 @@ class Truncation:
         C = {v in B : sum of p_w over the w in B with l_w > l_v is below top_p of the sum over B}
 
     log-probs are l_v - log sum_{w in C} e^{l_w} for v in C, and -inf elsewhere. C is never empty. That is the order and
-    the renormalisation of vLLM's V1 sampler (temperature, min-p, top-k, top-p; read in v0.21.0). Equal logits stay or
+    the renormalisation of vLLM's V1 sampler (temperature, min-p, top-k, top-p; as in v0.21.0). Equal logits stay or
     go together: a sampler that drops some of them at a border, by chance or by id, draws from a smaller set there.
     """
 

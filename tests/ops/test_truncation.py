@@ -80,6 +80,15 @@ def test_rows_worked_out_by_hand(rule, p, backend):
     torch.testing.assert_close(got.logprobs_NK, log([p]), rtol=0, atol=1e-12)
 
 
+def test_a_token_above_which_lies_exactly_top_p_is_out():
+    logits = torch.tensor([[0.0, -1.0]], dtype=torch.float64)
+    total = logits.exp().sum().item()
+    assert 1 / total * total == 1.0
+    for top_p, kept in ((1 / total, 1), (math.nextafter(1 / total, 1), 2)):
+        got = ic.logprobs_from_logits(logits, torch.tensor([[0, 1]]), truncation=ic.Truncation(top_p=top_p))
+        assert got.logprobs_NK.isfinite().sum() == kept
+
+
 @pytest.mark.parametrize("backend", ["chunked", "reference"])
 def test_ids_outside_and_padding(backend):
     ids = torch.tensor([[0, -1, 2, -5, 2]])
