@@ -120,14 +120,20 @@ LAUNCHES = [
         Shipped(f"log-probs, near known, {dtype}", partial(logprobs, x_NV=logits(dtype), near_N=empty(N)))
         for dtype in DTYPES
     ),
-    Shipped(
-        "log-probs, one visit, float32 to bfloat16",
-        partial(logprobs, x_NV=logits("float32"), near_N=empty(N), out_NV=logits("bfloat16")),
+    *(
+        Shipped(
+            f"log-probs, one visit, {dtype} to bfloat16",
+            partial(logprobs, x_NV=logits(dtype), near_N=empty(N), out_NV=logits("bfloat16")),
+        )
+        for dtype in DTYPES
     ),
     Shipped("gradient, float32 to bfloat16", partial(gradient, x_NV=logits("float32"), out=torch.bfloat16)),
-    Shipped(
-        "gradient after one visit",
-        partial(gradient, x_NV=logits("float32"), out=torch.bfloat16, total_N=empty(N), grad_lse_N=empty(N)),
+    *(
+        Shipped(
+            f"gradient after one visit of {dtype}",
+            partial(gradient, x_NV=logits(dtype), out=torch.bfloat16, total_N=empty(N), grad_lse_N=empty(N)),
+        )
+        for dtype in DTYPES
     ),
     *rows("policy loss", policy, {**HEAD, **POLICY}),
     *(

@@ -74,6 +74,7 @@ if TYPE_CHECKING:  # what type checkers and editors read; _EXPORTS says the same
     from ipvrm_core.types import PolicyBatch as PolicyBatch
     from ipvrm_core.types import PolicyLossConfig as PolicyLossConfig
     from ipvrm_core.types import PolicyLossOutput as PolicyLossOutput
+    from ipvrm_core.types import Truncation as Truncation
 
 _EXPORTS = {
     "credit": ("distrl_advantages",),
@@ -117,7 +118,7 @@ _EXPORTS = {
     ),
     "sequences.values": ("mean_prefix_values", "prefix_values"),
     "fused.shard": ("VocabularyShard",),
-    "types": ("Candidates", "LogProbs", "PolicyBatch", "PolicyLossConfig", "PolicyLossOutput"),
+    "types": ("Candidates", "LogProbs", "PolicyBatch", "PolicyLossConfig", "PolicyLossOutput", "Truncation"),
 }
 _HOMES = {name: home for home, names in _EXPORTS.items() for name in names}
 

@@ -27,6 +27,46 @@ class LogProbs(NamedTuple):
     entropy_N: Tensor
 
 
+@dataclass(frozen=True)
+class Truncation:
+    """The tokens that a sampler draws from; the others have probability 0. None switches a rule off.
+
+    With the logits l after the temperature, p = softmax(l), and the rules one after another,
+
+        A = {v : p_v >= min_p max_w p_w}
+        B = {v in A : l_v >= the top_k-th largest l}
+        C = {v in B : sum of p_w over the w in B with l_w > l_v is below top_p of the sum over B}
+
+    log-probs are l_v - log sum_{w in C} e^{l_w} for v in C, and -inf elsewhere. C is never empty. That is the order and
+    the renormalisation of vLLM's V1 sampler (temperature, min-p, top-k, top-p; as in v0.21.0). Equal logits stay or
+    go together: a sampler that drops some of them at a border, by chance or by id, draws from a smaller set there.
+    """
+
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.top_k is not None and (self.top_k != int(self.top_k) or self.top_k < 1):
+            raise ValueError(f"top_k must be an integer >= 1, or None for all tokens; got {self.top_k}")
+        for name in ("top_p", "min_p"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1], or None for all tokens; got {value}")
+
+    def packed(self) -> list[float]:
+        """For an operator: inf stands for None; `unpacked` is the way back."""
+        return [math.inf if value is None else float(value) for value in (self.top_k, self.top_p, self.min_p)]
+
+    @classmethod
+    def unpacked(cls, packed: list[float]) -> "Truncation | None":
+        """None of an empty list: nothing is truncated."""
+        if not packed:
+            return None
+        top_k, top_p, min_p = (None if value == math.inf else value for value in packed)
+        return cls(None if top_k is None else int(top_k), top_p, min_p)
+
+
 class Candidates(NamedTuple):
     """The sampled token and C_t = {v : pi_old(v | s_t) >= P_min} of every row, in slots.
 

@@ -50,10 +50,12 @@ def _sweep(
     need: list[bool],
     into: Tensor | None,
     shard: VocabularyShard | None = None,
+    bfloat16_logits: bool = False,
 ) -> tuple[Tensor, Tensor, HeadGradients]:
     batch_N, settings = _unpack(batch, config)
     transform = LogitTransform(settings.temperature, batch_N.temperatures_N, settings.softcap)
     options = {"masked_N": batch_N.masked_N, "with_gradient": any(need), "shard": shard}
+    options["bfloat16_logits"] = bfloat16_logits
     work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, **options)
     gradients, batch_N = HeadGradients(work.head, need, into, shard), work.prepared(batch_N)
     metrics_NM = hidden.new_empty(hidden.shape[0], len(METRICS), dtype=work.head.wide)
@@ -74,6 +76,7 @@ def distrl_loss(
     batch: list[Tensor],
     config: list[float],
     shard: str,
+    bfloat16_logits: bool,
     max_buffer_bytes: int,
     triton: bool,
     need: list[bool],
@@ -84,12 +87,12 @@ def distrl_loss(
     `pack_config`. need = (h, W, b): which gradients to make; the others come back empty.
     """
     given = (hidden, weight, bias, batch, config, max_buffer_bytes, triton, need)
-    loss, metrics_M, gradients = _sweep(*given, None, unpacked(shard))
+    loss, metrics_M, gradients = _sweep(*given, None, unpacked(shard), bfloat16_logits)
     return loss, metrics_M, *gradients.result(hidden, weight, bias)
 
 
 @distrl_loss.register_fake
-def _(hidden, weight, bias, batch, config, shard, max_buffer_bytes, triton, need):
+def _(hidden, weight, bias, batch, config, shard, bfloat16_logits, max_buffer_bytes, triton, need):
     return *_empty_values(hidden, weight, bias), *empty_gradients(hidden, weight, bias, need)
 
 
@@ -106,7 +109,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_loss, *_):
-    return *times_upstream(ctx, grad_loss), [None] * ctx.n_batch, *[None] * 5
+    return *times_upstream(ctx, grad_loss), [None] * ctx.n_batch, *[None] * 6
 
 
 distrl_loss.register_autograd(_backward, setup_context=_setup_context)

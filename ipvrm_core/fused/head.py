@@ -58,9 +58,10 @@ class Head:
     masked_N [N] bool: rows that are taken as zeros, whatever they hold (for dW that is 0 * NaN). widest: the columns of
     the rank that has the most, where V are those of one rank: all of them take equally many rows.
 
-    bfloat16 on CUDA multiplies in tensor cores into float32, or into bfloat16 with `narrow_logits`. Any other
-    half-precision weight is upcast once a call (V * D * 4 bytes): CPU products have no float32 output, and float16
-    gradients underflow at weights of 1/tokens.
+    bfloat16 on CUDA multiplies in tensor cores into float32. Any other half-precision weight is upcast once a call
+    (V * D * 4 bytes): CPU products have no float32 output, and float16 gradients underflow at weights of 1/tokens.
+
+    bfloat16_logits: x is rounded to bfloat16 as it is stored, with hidden and weight in bfloat16; on CUDA the bias too.
     """
 
     def __init__(
@@ -75,19 +76,21 @@ class Head:
         with_gradient: bool = False,
         masked_N: Tensor | None = None,
         widest: int | None = None,
+        bfloat16_logits: bool = False,
     ) -> None:
         self.N, self.V = hidden.shape[0], (hidden if weight is None else weight).shape[-1 if weight is None else 0]
         self.wide = wide_dtype(hidden, weight, bias)
         self.tensor_cores = weight is not None and hidden.is_cuda and hidden.dtype == weight.dtype == torch.bfloat16
         self.hidden, self.masked_N = hidden, masked_N
         self.weight = weight if weight is None or self.tensor_cores else weight.to(self.wide)
-        self.bias = None if bias is None else bias.to(self.wide)
+        self.logit_dtype = torch.bfloat16 if bfloat16_logits else self.wide
+        self.bias = None if bias is None else bias.to(self.logit_dtype if self.tensor_cores else self.wide)
         self.apart = apart and weight is not None
         self.product = torch.bfloat16 if self.tensor_cores else self.wide
         if self.apart and with_gradient:
             extra_bytes_per_logit += self.product.itemsize
         most = min(self.N, _MOST_ROWS) if self.apart else self.N
-        self.n = rows_per_chunk(most, widest or self.V, self.wide.itemsize + extra_bytes_per_logit, buffer_bytes)
+        self.n = rows_per_chunk(most, widest or self.V, self.logit_dtype.itemsize + extra_bytes_per_logit, buffer_bytes)
         self._x: Tensor | None = None
         self._gradient: Tensor | None = None
 
@@ -97,7 +100,7 @@ class Head:
         return hidden_nD if self.masked_N is None else hidden_nD.masked_fill(self.masked_N[rows, None], 0.0)
 
     def chunks(self) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, x [n, V]) in the wide type; x is the caller's to overwrite until the next chunk."""
+        """(rows, x [n, V]) in the type of the logits; x is the caller's to overwrite until the next chunk."""
         for start in range(0, self.N, self.n):
             rows = slice(start, min(start + self.n, self.N))
             yield rows, self.logits(rows)
@@ -110,7 +113,7 @@ class Head:
     def buffer(self) -> Tensor:
         """The memory of x [n, V]: of the rows that `chunks` gave last."""
         if self._x is None:
-            self._x = self._buffer(self.wide)
+            self._x = self._buffer(self.logit_dtype)
         return self._x
 
     def gradient_rows(self, x_nV: Tensor) -> Tensor:
@@ -138,7 +141,11 @@ class Head:
             return x_nV if self.masked_N is None else x_nV.masked_fill_(self.masked_N[rows, None], 0.0)
         hidden_nD = padded(self.hidden_rows(rows), self.padded_rows(len(x_nV)))
         target_nV = buffer_nV[: len(hidden_nD)]
-        kind = {"out_dtype": self.wide} if self.tensor_cores else {}
+        if self.logit_dtype != self.wide and not self.tensor_cores:  # float32 products, as in the interpreter
+            product_nV = hidden_nD @ self.weight.t()
+            target_nV.copy_(product_nV if self.bias is None else product_nV.add_(self.bias))
+            return x_nV
+        kind = {"out_dtype": self.wide} if self.tensor_cores and self.logit_dtype == self.wide else {}
         if self.bias is None:
             torch.mm(hidden_nD, self.weight.t(), out=target_nV, **kind)
         else:

@@ -10,6 +10,7 @@ from ipvrm_core.fused.head import HeadGradients, empty_gradients, wide_dtype
 from ipvrm_core.fused.rows import row_work
 from ipvrm_core.fused.shard import unpacked
 from ipvrm_core.fused.transform import LogitTransform
+from ipvrm_core.types import Truncation
 
 
 @torch.library.custom_op("ipvrm::linear_logprobs", mutates_args=())
@@ -22,6 +23,7 @@ def linear_logprobs(
     temperature: float,
     temperatures: Tensor | None,
     softcap: float | None,
+    truncation: list[float],
     shard: str,
     max_buffer_bytes: int,
     triton: bool,
@@ -29,11 +31,12 @@ def linear_logprobs(
     """log pi(id | s) [N, K], LSE [N] and entropy [N] (nats) of the logits, in float32 or float64, and row statistics.
 
     hidden [N, D], weight [V, D], bias [V]; with weight=None `hidden` is x [N, V]. ids [N, K] int64, < 0 is padding
-    (value 0, no gradient). near [N]: about log pi of ids[:, 0], for the kernels. Differentiable in hidden, weight and
-    bias through the first three outputs.
+    (value 0, no gradient). near [N]: about log pi of ids[:, 0], for the kernels. truncation: `Truncation.packed`.
+    Differentiable in hidden, weight and bias through the first three outputs.
     """
     transform = LogitTransform(temperature, temperatures, softcap)
-    work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, near_N=near, shard=unpacked(shard))
+    given = (hidden, weight, bias, transform, max_buffer_bytes)
+    work = row_work(triton, *given, near_N=near, shard=unpacked(shard), truncation=Truncation.unpacked(truncation))
     outputs = _empty_outputs(hidden, weight, bias, ids)
     for rows, x_nV in work.head.chunks():
         for output, part in zip(outputs, work.logprobs(rows, x_nV, ids[rows]), strict=True):
@@ -65,6 +68,7 @@ def linear_logprobs_backward(
     temperature: float,
     temperatures: Tensor | None,
     softcap: float | None,
+    truncation: list[float],
     shard: str,
     max_buffer_bytes: int,
     triton: bool,
@@ -73,7 +77,8 @@ def linear_logprobs_backward(
     """(dh, dW, db) from the gradients of the three outputs, None where an output was not used; need = (h, W, b)."""
     transform = LogitTransform(temperature, temperatures, softcap)
     part = unpacked(shard)
-    work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, with_gradient=True, shard=part)
+    given, cut = (hidden, weight, bias, transform, max_buffer_bytes), Truncation.unpacked(truncation)
+    work = row_work(triton, *given, with_gradient=True, shard=part, truncation=cut)
     gradients = HeadGradients(work.head, need, shard=part)
     if grad_logprobs is None:
         grad_logprobs = statistics.new_zeros(ids.shape)
@@ -111,7 +116,7 @@ def _backward(ctx, grad_logprobs, grad_lse, grad_entropy, _):
     need, grads_out = list(ctx.needs_input_grad[:3]), (grad_logprobs, grad_lse, grad_entropy)
     *saved, temperatures = ctx.saved_tensors
     grads = linear_logprobs_backward(*grads_out, *saved, ctx.temperature, temperatures, *ctx.settings, need)
-    return *(grad if wanted else None for grad, wanted in zip(grads, need, strict=True)), *[None] * 8
+    return *(grad if wanted else None for grad, wanted in zip(grads, need, strict=True)), *[None] * 9
 
 
 linear_logprobs.register_autograd(_backward, setup_context=_setup_context)

@@ -38,12 +38,13 @@ class RowLoss(torch.autograd.Function):
         temperatures,
         softcap,
         shard,
+        bfloat16_logits,
         max_buffer_bytes,
         triton,
         need,
     ):
         transform = LogitTransform(temperature, temperatures, softcap)
-        options = {"near_N": near, "with_gradient": any(need), "shard": shard}
+        options = {"near_N": near, "with_gradient": any(need), "shard": shard, "bfloat16_logits": bfloat16_logits}
         work = row_work(triton, hidden, weight, bias, transform, max_buffer_bytes, **options)
         gradients = HeadGradients(work.head, need, shard=shard)
         loss = hidden.new_zeros((), dtype=work.head.wide)
@@ -61,7 +62,7 @@ class RowLoss(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_loss):
-        return *times_upstream(ctx, grad_loss), *[None] * 10
+        return *times_upstream(ctx, grad_loss), *[None] * 11
 
 
 def value_and_gradient(fn: RowFunction, rows: slice, need: bool, logprobs: LogProbs) -> tuple[Tensor, list]:

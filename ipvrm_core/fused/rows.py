@@ -14,7 +14,8 @@ from ipvrm_core.fused.policy_terms import policy_terms
 from ipvrm_core.fused.shard import VocabularyShard
 from ipvrm_core.fused.softmax import RowSoftmax, logit_gradient_, row_softmax_
 from ipvrm_core.fused.transform import LogitTransform
-from ipvrm_core.types import LogProbs, PolicyBatch, PolicyLossConfig
+from ipvrm_core.fused.truncation import BYTES_PER_LOGIT, truncate_
+from ipvrm_core.types import LogProbs, PolicyBatch, PolicyLossConfig, Truncation
 
 if TYPE_CHECKING:
     from ipvrm_core.fused.triton_rows import TritonRows
@@ -26,8 +27,24 @@ CandidateTerms: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Ten
 ValueAndGradient: TypeAlias = Callable[[LogProbs], tuple[Tensor, list]]
 
 
-def row_work(triton: bool, *arguments, shard: VocabularyShard | None = None, **options) -> "TorchRows | TritonRows":
-    """TorchRows(...) or TritonRows(...), whose interface is the same, or what they are on a rank of a split head."""
+def row_work(
+    triton: bool,
+    *arguments,
+    shard: VocabularyShard | None = None,
+    bfloat16_logits: bool = False,
+    truncation: Truncation | None = None,
+    **options,
+) -> "TorchRows | TritonRows":
+    """TorchRows(...) or TritonRows(...), whose interface is the same, or what they are on a rank of a split head.
+
+    bfloat16_logits: of the kernels alone. truncation: in torch alone, whichever is asked for, and of a whole head.
+    """
+    if bfloat16_logits:
+        assert triton
+        options["bfloat16_logits"] = True
+    if truncation is not None:
+        assert shard is None
+        triton, options["truncation"] = False, truncation
     if shard is not None:
         return _sharded(triton)(shard, *arguments, **options)
     if not triton:
@@ -51,7 +68,7 @@ class TorchRows:
     """`head` makes the chunks, which this work overwrites; `transform` turns them into logits. masked_N: see `Head`.
 
     with_gradient: whether a gradient will be asked for. near_N [N]: about log p of the first id, for TritonRows.
-    widest: columns by which chunks are measured, None for those of the head.
+    widest: columns by which chunks are measured, None for those of the head. truncation: for `logprobs` and gradient.
     """
 
     def __init__(
@@ -65,15 +82,23 @@ class TorchRows:
         near_N: Tensor | None = None,
         with_gradient: bool = False,
         widest: int | None = None,
+        truncation: Truncation | None = None,
     ) -> None:
-        self.transform = transform
+        self.transform, self.truncation = transform, truncation
         scratch_bytes = min(_SCRATCH_BYTES.get(hidden.device.type, 256 << 20), max_buffer_bytes // 4)
         bfloat16 = 2 * (hidden.is_cuda and hidden.dtype == torch.bfloat16 and weight is not None)
         slope = 0 if transform.softcap is None else 4
-        budget, extra = max_buffer_bytes - scratch_bytes, bfloat16 + slope
+        budget, extra = max_buffer_bytes - (1 if truncation is None else 2) * scratch_bytes, bfloat16 + slope
         self.head = Head(hidden, weight, bias, budget, extra_bytes_per_logit=extra, masked_N=masked_N, widest=widest)
         b = rows_per_chunk(self.head.n, widest or self.head.V, self.head.wide.itemsize, scratch_bytes)
         self.scratch = hidden.new_empty(b, self.head.V, dtype=self.head.wide)
+
+    def _logits_(self, rows: slice, x_nV: Tensor) -> Tensor | None:
+        """x becomes the logits of the softmax, -inf where they are truncated; dy/dx where there is a soft cap."""
+        slope_nV = self.transform.rows(rows).apply_(x_nV)
+        if self.truncation is not None:
+            truncate_(x_nV, self.truncation, max(1, self.scratch.nbytes // (self.head.V * BYTES_PER_LOGIT)))
+        return slope_nV
 
     def _softmax(self, x_nV: Tensor, ids_nK: Tensor) -> RowSoftmax:
         """x, already logits, becomes exp(x - max)."""
@@ -81,7 +106,7 @@ class TorchRows:
 
     def logprobs(self, rows: slice, x_nV: Tensor, ids_nK: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(log p at ids [n, K]; LSE [n]; entropy [n]; what `logprobs_gradient` wants to be told again, [n, 2])."""
-        self.transform.rows(rows).apply_(x_nV)
+        self._logits_(rows, x_nV)
         softmax = self._softmax(x_nV, ids_nK)
         nothing_n2 = softmax.lse_N.new_zeros(len(x_nV), 2)
         return softmax.logprobs_NK, softmax.lse_N, softmax.entropy_N, nothing_n2
@@ -103,8 +128,10 @@ class TorchRows:
         entropy_n: Tensor,
     ) -> RowGradient:
         """dLoss/dx. The statistics are made again: here x becomes exp(l - max), which the gradient needs."""
-        slope_nV = self.transform.rows(rows).apply_(x_nV)
+        slope_nV = self._logits_(rows, x_nV)
         softmax = self._softmax(x_nV, ids_nK)
+        if self.truncation is not None:  # -inf is a constant, like padding
+            ids_nK = ids_nK.masked_fill(softmax.logprobs_NK == -torch.inf, -1)
         return self._gradient(rows, softmax, ids_nK, c_nK, slope_nV, grad_lse_n, grad_entropy_n)
 
     def loss(

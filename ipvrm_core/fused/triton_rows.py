@@ -41,6 +41,7 @@ class TritonRows:
         near_N: Tensor | None = None,
         with_gradient: bool = False,
         widest: int | None = None,
+        bfloat16_logits: bool = False,
     ) -> None:
         if transform.temperatures_N is not None:
             transform = transform._replace(temperatures_N=transform.temperatures_N.to(torch.float32))
@@ -55,6 +56,7 @@ class TritonRows:
             with_gradient=with_gradient,
             masked_N=masked_N,
             widest=widest,
+            bfloat16_logits=bfloat16_logits,
         )
 
     def _options(self, rows: slice) -> dict:

@@ -121,6 +121,17 @@ def check_rule(rule: dict, N: int, like: Tensor) -> None:
         _check_device("exclude", exclude, like)
 
 
+def check_bfloat16_logits(asked: bool, backend: str, hidden: Tensor, weight: Tensor | None) -> None:
+    """Only the Triton kernels read logits in bfloat16, and only bfloat16 products write them. backend: resolved."""
+    if not asked:
+        return
+    if backend != "triton":
+        raise ValueError(f"bfloat16_logits needs backend 'triton'; got {backend!r}")
+    for name, x in (("hidden", hidden), ("weight", weight)):
+        if x is not None and x.dtype != torch.bfloat16:
+            raise ValueError(f"bfloat16_logits needs {name} in torch.bfloat16; got {x.dtype}")
+
+
 def checked_budget(max_buffer_bytes: int | None, device: torch.device) -> int:
     """The budget in bytes; None is the default of the device."""
     if max_buffer_bytes is None:

@@ -23,6 +23,7 @@ def distrl_loss(
     bias: Tensor | None = None,
     backend: str = "auto",
     shard: VocabularyShard | None = None,
+    bfloat16_logits: bool = False,
     max_buffer_bytes: int | None = None,
 ) -> PolicyLossOutput:
     """L = sum_t w_t l(rho_t(y_t), A_t) + alpha sum_t w'_t sum_{v in C_t} pi_old(v) l(rho_t(v), A_TD_t(v)) + ...
@@ -42,11 +43,14 @@ def distrl_loss(
     shard: weight (and bias) are this rank's part of a head that is split over a process group, `VocabularyShard.of`;
     everything else is equal on all ranks, and so are the results; gradients of weight and bias are those of the part.
 
+    bfloat16_logits: the Triton kernels read x = h W^T + b rounded to bfloat16 (by up to 2^-9 of a logit), 4 bytes a
+    logit with its gradient instead of 6; for hidden and weight in bfloat16. What it costs: docs/results/checks.md.
+
     max_buffer_bytes bounds the private [rows, V] buffers, one row at least; None is the device's default.
-    Raises ValueError for wrong shapes, dtypes or devices, for kl_coef > 0 without ref_logprobs_N and, on CPU, for
-    ids >= V. Source: the paper's equations as given in reference/policy_loss.py.
+    Raises ValueError for wrong shapes, dtypes or devices, for kl_coef > 0 without ref_logprobs_N, for bfloat16_logits
+    with another dtype or backend and, on CPU, for ids >= V. Source: the paper, see reference/policy_loss.py.
     """
-    return _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes, shard)
+    return _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes, shard, bfloat16_logits=bfloat16_logits)
 
 
 def distrl_loss_from_logits(
@@ -67,7 +71,9 @@ def distrl_loss_from_logits(
     return _run(logits, None, None, batch, config, backend, max_buffer_bytes, inplace=inplace)
 
 
-def _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes, shard=None, inplace=False) -> PolicyLossOutput:
+def _run(
+    hidden, weight, bias, batch, config, backend, max_buffer_bytes, shard=None, inplace=False, bfloat16_logits=False
+) -> PolicyLossOutput:
     config = config or PolicyLossConfig()
     hidden, weight, bias = checks.local_parts(hidden, weight, bias, shard)
     N, V = checks.check_head(hidden, weight, bias)
@@ -85,6 +91,7 @@ def _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes, shard=N
         hidden, batch = hidden[live], batch.rows(live)
     budget = checks.checked_budget(max_buffer_bytes, hidden.device)
     backend = resolve(backend, hidden, weight, bias)
+    checks.check_bfloat16_logits(bfloat16_logits, backend, hidden, weight)
     if backend == "reference":
         if inplace:
             raise ValueError("inplace=True needs backend 'triton' or 'chunked'; got 'reference'")
@@ -97,5 +104,5 @@ def _run(hidden, weight, bias, batch, config, backend, max_buffer_bytes, shard=N
     if inplace and need[0]:
         loss, metrics_M = DistrlLossInPlace.apply(hidden, *given, *settings)
     else:
-        loss, metrics_M, *_ = fused(hidden, weight, bias, *given, packed, *settings, need)
+        loss, metrics_M, *_ = fused(hidden, weight, bias, *given, packed, bfloat16_logits, *settings, need)
     return PolicyLossOutput(loss, dict(zip(METRICS, metrics_M.unbind(), strict=True)))

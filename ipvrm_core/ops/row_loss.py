@@ -24,6 +24,7 @@ def row_loss(
     softcap: float | None = None,
     backend: str = "auto",
     shard: VocabularyShard | None = None,
+    bfloat16_logits: bool = False,
     max_buffer_bytes: int | None = None,
 ) -> Tensor:
     """sum over rows of any differentiable function of log pi(id | s), LSE and entropy: 0-d, float32 or float64.
@@ -38,10 +39,13 @@ def row_loss(
     logits once; results depend on it by their rounding alone, so it may be off, and NaN where nobody knows.
 
     The gradient flows into hidden, weight and bias, once (no second derivative), and is made in the forward: 2 products
-    for a frozen weight, 3 with its gradient, where `linear_logprobs` takes 3 and 4. Raises ValueError as
+    for a frozen weight, 3 with its gradient, where `linear_logprobs` takes 3 and 4. bfloat16_logits: see `distrl_loss`.
+
+    Raises ValueError as
     `linear_logprobs` does, and where fn returns something else or uses a tensor that requires grad.
     """
-    return _run(hidden, weight, bias, ids, fn, near, temperature, softcap, backend, max_buffer_bytes, shard)
+    settings = (near, temperature, softcap, backend, max_buffer_bytes, shard, bfloat16_logits)
+    return _run(hidden, weight, bias, ids, fn, *settings)
 
 
 def row_loss_from_logits(
@@ -59,7 +63,20 @@ def row_loss_from_logits(
     return _run(logits, None, None, ids, fn, near, temperature, softcap, backend, max_buffer_bytes)
 
 
-def _run(hidden, weight, bias, ids, fn, near, temperature, softcap, backend, max_buffer_bytes, shard=None) -> Tensor:
+def _run(
+    hidden,
+    weight,
+    bias,
+    ids,
+    fn,
+    near,
+    temperature,
+    softcap,
+    backend,
+    max_buffer_bytes,
+    shard=None,
+    bfloat16_logits=False,
+) -> Tensor:
     hidden, weight, bias = checks.local_parts(hidden, weight, bias, shard)
     N, V = checks.check_head(hidden, weight, bias)
     V = checks.checked_shard(shard, backend, V)[0]
@@ -68,9 +85,11 @@ def _run(hidden, weight, bias, ids, fn, near, temperature, softcap, backend, max
     transform = checks.checked_transform(temperature, softcap, N, hidden)
     budget = checks.checked_budget(max_buffer_bytes, hidden.device)
     backend = resolve(backend, hidden, weight, bias)
+    checks.check_bfloat16_logits(bfloat16_logits, backend, hidden, weight)
     if backend == "reference":
         logits = hidden if weight is None else head_logits(hidden, weight, bias)
         loss = called(fn, reference(logits, ids, temperature=temperature, softcap=softcap), slice(0, N))
         return loss.to(wide_dtype(hidden, weight, bias))
     need = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    return RowLoss.apply(hidden, weight, bias, ids, near, fn, *transform, shard, budget, backend == "triton", need)
+    settings = (shard, bfloat16_logits, budget, backend == "triton", need)
+    return RowLoss.apply(hidden, weight, bias, ids, near, fn, *transform, *settings)

@@ -7,7 +7,7 @@ import torch
 from einops import einsum
 from torch import Tensor
 
-from ipvrm_core.types import LogProbs
+from ipvrm_core.types import LogProbs, Truncation
 
 
 def head_logits(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None = None) -> Tensor:
@@ -31,6 +31,23 @@ def log_softmax(logits_NV: Tensor, temperature: float | Tensor = 1.0, softcap: f
     return scaled_logits(logits_NV, temperature, softcap).log_softmax(-1)
 
 
+def truncated(logits_NV: Tensor, truncation: Truncation) -> Tensor:
+    """-inf outside the set C of types.Truncation: [N, V] -> [N, V], logits after the temperature."""
+    if truncation.min_p is not None:
+        p_NV = logits_NV.softmax(-1)
+        logits_NV = logits_NV.masked_fill(p_NV < truncation.min_p * p_NV.amax(-1, keepdim=True), -torch.inf)
+    descending_NV = logits_NV.sort(-1, descending=True).values
+    if truncation.top_k is not None and truncation.top_k < logits_NV.shape[1]:
+        least_N1 = descending_NV[:, truncation.top_k - 1, None]
+        logits_NV, descending_NV = (x.masked_fill(x < least_N1, -torch.inf) for x in (logits_NV, descending_NV))
+    if truncation.top_p is not None and truncation.top_p < 1:
+        p_NV = descending_NV.softmax(-1)
+        stays_NV = p_NV.cumsum(-1) - p_NV < truncation.top_p  # equal logits: the first of them decides for all
+        least_N1 = descending_NV.masked_fill(~stays_NV, torch.inf).amin(-1, keepdim=True)
+        logits_NV = logits_NV.masked_fill(logits_NV < least_N1, -torch.inf)
+    return logits_NV
+
+
 def gather_ids(logp_NV: Tensor, ids_NK: Tensor) -> Tensor:
     """log pi at ids; exactly 0 where id < 0 (padding), with no gradient there."""
     picked_NK = logp_NV.gather(1, ids_NK.clamp(min=0))
@@ -44,12 +61,25 @@ def entropy(logp_NV: Tensor) -> Tensor:
 
 
 def logprobs_from_logits(
-    logits_NV: Tensor, ids_NK: Tensor, *, temperature: float | Tensor = 1.0, softcap: float | None = None
+    logits_NV: Tensor,
+    ids_NK: Tensor,
+    *,
+    temperature: float | Tensor = 1.0,
+    softcap: float | None = None,
+    truncation: Truncation | None = None,
 ) -> LogProbs:
-    """log pi(id | s), LSE and entropy of every row. [N, V], [N, K] -> LogProbs([N, K], [N], [N])."""
+    """log pi(id | s), LSE and entropy of every row. [N, V], [N, K] -> LogProbs([N, K], [N], [N]).
+
+    With a truncation all three are those of the distribution over what is left; -inf elsewhere is a constant.
+    """
     scaled_NV = scaled_logits(logits_NV, temperature, softcap)
+    if truncation is not None:
+        scaled_NV = truncated(scaled_NV, truncation)
     logp_NV, lse_N = scaled_NV.log_softmax(-1), scaled_NV.logsumexp(-1)
-    return LogProbs(gather_ids(logp_NV, ids_NK), lse_N, entropy(logp_NV))
+    logp_NK = gather_ids(logp_NV, ids_NK)
+    if truncation is not None:
+        logp_NK = torch.where(logp_NK == -torch.inf, -torch.inf, logp_NK)
+    return LogProbs(logp_NK, lse_N, entropy(logp_NV))
 
 
 def linear_logprobs(
@@ -60,7 +90,8 @@ def linear_logprobs(
     bias_V: Tensor | None = None,
     temperature: float | Tensor = 1.0,
     softcap: float | None = None,
+    truncation: Truncation | None = None,
 ) -> LogProbs:
     """`logprobs_from_logits` of z = h W^T + b."""
     logits_NV = head_logits(hidden_ND, weight_VD, bias_V)
-    return logprobs_from_logits(logits_NV, ids_NK, temperature=temperature, softcap=softcap)
+    return logprobs_from_logits(logits_NV, ids_NK, temperature=temperature, softcap=softcap, truncation=truncation)

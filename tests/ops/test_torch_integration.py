@@ -33,7 +33,7 @@ def inputs(dtype=torch.float32, weight_grad=True):
 
 
 def op_arguments(batch, need):
-    return pack_batch(batch), pack_config(CONFIG), "", 2 * 4 * V * 7, TRITON, need
+    return pack_batch(batch), pack_config(CONFIG), "", False, 2 * 4 * V * 7, TRITON, need
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -51,10 +51,12 @@ def test_opcheck(linear, bias):
     torch.library.opcheck(distrl_loss_op, (*head, *op_arguments(batch, need)))
     torch.library.opcheck(distrl_loss_op, (*frozen, *op_arguments(batch, [False] * 3)))
     settings = (0.7, None, 20.0, "", budget, TRITON)
-    torch.library.opcheck(linear_logprobs_op, (*head, batch.ids_NS, None, *settings))
-    _, _, *statistics = linear_logprobs_op(*frozen, batch.ids_NS, batch.old_logprobs_NS[:, 0], *settings)
     grads = (torch.randn(N, 1 + K), None, torch.randn(N))
-    torch.library.opcheck(backward_op, (*grads, *statistics, *frozen, batch.ids_NS, *settings, need))
+    for cut in ([], ic.Truncation(top_k=40, top_p=0.9).packed()):
+        with_cut = (*settings[:3], cut, *settings[3:])
+        torch.library.opcheck(linear_logprobs_op, (*head, batch.ids_NS, None, *with_cut))
+        _, _, *statistics = linear_logprobs_op(*frozen, batch.ids_NS, batch.old_logprobs_NS[:, 0], *with_cut)
+        torch.library.opcheck(backward_op, (*grads, *statistics, *frozen, batch.ids_NS, *with_cut, need))
     torch.library.opcheck(td_errors_op, (*frozen, batch.ids_NS, torch.randn(N, 1 + K), 10.0, *settings))
     exclude = torch.arange(N) % 2 == 0
     rule = (0.1, False, 2, True)
@@ -139,6 +141,7 @@ def test_nothing_of_size_tokens_times_vocabulary_is_made():
     options = {"max_buffer_bytes": 4 * V * (rows + 1)}
     with LargestTensor() as largest:
         ic.select_candidates(hidden, weight, batch.ids_NS[:, 0], **options)
+        ic.linear_logprobs(hidden, weight, batch.ids_NS, truncation=ic.Truncation(top_p=0.9), **options)
         loss = ic.distrl_loss(hidden, weight, batch, CONFIG, **options).loss
         (loss + ic.linear_logprobs(hidden, weight, batch.ids_NS, **options).entropy_N.sum()).backward()
     assert largest.numel == max(rows * V, V * D)
