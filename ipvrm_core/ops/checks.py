@@ -121,10 +121,14 @@ def check_rule(rule: dict, N: int, like: Tensor) -> None:
         _check_device("exclude", exclude, like)
 
 
-def check_bfloat16_logits(asked: bool, backend: str, hidden: Tensor, weight: Tensor | None) -> None:
+def check_bfloat16_logits(
+    asked: bool, backend: str, hidden: Tensor, weight: Tensor | None, shard: VocabularyShard | None
+) -> None:
     """Only the Triton kernels read logits in bfloat16, and only bfloat16 products write them. backend: resolved."""
     if not asked:
         return
+    if shard is not None:
+        raise ValueError(f"bfloat16_logits is for a whole head; got {shard}")
     if backend != "triton":
         raise ValueError(f"bfloat16_logits needs backend 'triton'; got {backend!r}")
     for name, x in (("hidden", hidden), ("weight", weight)):

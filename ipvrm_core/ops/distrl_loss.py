@@ -91,7 +91,7 @@ def _run(
         hidden, batch = hidden[live], batch.rows(live)
     budget = checks.checked_budget(max_buffer_bytes, hidden.device)
     backend = resolve(backend, hidden, weight, bias)
-    checks.check_bfloat16_logits(bfloat16_logits, backend, hidden, weight)
+    checks.check_bfloat16_logits(bfloat16_logits, backend, hidden, weight, shard)
     if backend == "reference":
         if inplace:
             raise ValueError("inplace=True needs backend 'triton' or 'chunked'; got 'reference'")

@@ -85,7 +85,7 @@ def _run(
     transform = checks.checked_transform(temperature, softcap, N, hidden)
     budget = checks.checked_budget(max_buffer_bytes, hidden.device)
     backend = resolve(backend, hidden, weight, bias)
-    checks.check_bfloat16_logits(bfloat16_logits, backend, hidden, weight)
+    checks.check_bfloat16_logits(bfloat16_logits, backend, hidden, weight, shard)
     if backend == "reference":
         logits = hidden if weight is None else head_logits(hidden, weight, bias)
         loss = called(fn, reference(logits, ids, temperature=temperature, softcap=softcap), slice(0, N))

@@ -107,3 +107,9 @@ def test_anything_else_is_refused(dtypes, backend, message):
         ic.distrl_loss(*head, problem.batch, **options)
     with pytest.raises(ValueError, match=message):
         ic.row_loss(*head, problem.batch.ids_NS, own_loss(problem.batch), **options)
+
+
+def test_a_split_head_is_refused():
+    problem, shard = make_problem(4, 3, 10, 2), ic.VocabularyShard("any", 0, 20, 10)
+    with pytest.raises(ValueError, match="bfloat16_logits is for a whole head; got VocabularyShard"):
+        ic.distrl_loss(problem.hidden, problem.weight, problem.batch, shard=shard, bfloat16_logits=True)
