@@ -1,4 +1,4 @@
-"""One step of the registered trainer over a local Ray and a real TransferQueue; only the rollouts are put there here."""
+"""One step of the registered trainer over a local Ray and a real TransferQueue; rollouts alone are put there here."""
 
 import os
 
