@@ -29,6 +29,7 @@ class Hosted(Method):
     right_above: Annotated[float, "the reward above which an answer is right to the objective"] = 0.5
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         defaults = {setting.name: setting.default for setting in fields(self)}
         for name, theirs in self.theirs.items():
             if getattr(self, name) != defaults[name]:

@@ -29,6 +29,10 @@ class DistRLTrainerMixin(Base):
         check(config)
         super().__init__(config)
 
+    def _build_replay_buffer(self):
+        self.trainer_mode = "sync"  # by which verl chooses between its two buffers
+        return super()._build_replay_buffer()
+
     # ---- the reward model's workers
 
     def _load_checkpoint(self):
@@ -113,9 +117,8 @@ class DistRLTrainerMixin(Base):
         from tensordict import TensorDict
 
         made = reward_fields(self.distrl, self.distrl.reward_objective(), rewards_B, uids)
-        tq.kv_batch_put(
-            keys=batch.keys, partition_id=batch.partition_id, fields=TensorDict(made, batch_size=len(batch))
-        )
+        fields = TensorDict(made, batch_size=len(batch))
+        batch = tq.kv_batch_put(keys=batch.keys, partition_id=batch.partition_id, fields=fields)  # it knows them now
         batch.extra_info.update(
             {
                 "global_batch_size": len(batch),

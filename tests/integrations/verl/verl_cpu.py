@@ -7,11 +7,24 @@ from verl.plugin.platform.platform_base import PlatformBase
 from verl.plugin.platform.platform_manager import PlatformRegistry
 
 
+class Device:
+    """torch.cpu; what it does not have (memory that is allocated, reserved, ...) is 0."""
+
+    def mem_get_info(self):
+        return 0, 1
+
+    def get_device_name(self, index=0):
+        return "cpu"
+
+    def __getattr__(self, name):
+        return getattr(torch.cpu, name, lambda *args, **kwargs: 0)
+
+
 @PlatformRegistry.register(platform="cpu")
 class PlatformCPU(PlatformBase):
     device_name = property(lambda self: "cpu")
     vendor_name = property(lambda self: "cpu")
-    device_module = property(lambda self: torch.cpu)
+    device_module = property(lambda self: Device())
 
     def is_available(self):
         return True
@@ -67,3 +80,14 @@ class PlatformCPU(PlatformBase):
 
     def cudart(self):
         return None
+
+
+_init_process_group = torch.distributed.init_process_group
+
+
+def _one_backend(backend=None, **kwargs):
+    """verl names a backend for the CPU and one for the device, which torch refuses where both are the CPU."""
+    return _init_process_group(backend="gloo" if backend == "cpu:gloo,cpu:gloo" else backend, **kwargs)
+
+
+torch.distributed.init_process_group = _one_backend

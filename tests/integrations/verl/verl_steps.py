@@ -8,11 +8,13 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import verl_cases as cases
+from transformers import AutoModelForCausalLM
 from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPActorConfig
 from verl.workers.utils.losses import ppo_loss
 
 from ipvrm_core.integrations.verl.rows import Rows
+from ipvrm_core.reference.policy_loss import ppo_terms
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
 CANDIDATES = {"task": "candidates", "p_min": 0.05}
@@ -36,6 +38,35 @@ def infer(engine, data, asked: dict) -> dict:
 
 def rows_of(data) -> Rows:
     return Rows.of(data["input_ids"], data["response_mask"])
+
+
+def logits(path: str, data, grad: bool = False) -> tuple[torch.Tensor, torch.nn.Module]:
+    """Of the rows [N, V], from a plain model, one sequence at a time."""
+    model, rows = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32), rows_of(data)
+    with torch.set_grad_enabled(grad):
+        found = torch.cat([model(ids[None]).logits[0] for ids in data["input_ids"].unbind()])
+    return found[rows.index_R][rows.mask_R], model
+
+
+def expected_step(path: str, data, mode: str, alpha: float) -> dict:
+    """The same by autograd on full logits, with verl's aggregation written out."""
+    found, model = logits(path, data, grad=True)
+    rows = rows_of(data)
+    logp = (found / cases.T).log_softmax(-1)
+    counts = rows.cu_seqlens.diff()
+    weights = {
+        "token-mean": torch.full((len(logp),), 1 / len(logp)),
+        "seq-mean-token-mean": (1 / counts / cases.B).repeat_interleave(counts),
+        "seq-mean-token-sum": torch.full((len(logp),), 1 / cases.B),
+    }[mode]
+    ratio = logp.gather(1, rows.tokens_N[:, None])[:, 0] - rows.packed(data["old_log_probs"])
+    total = (weights * ppo_terms(ratio, rows.packed(data["advantages"]), 0.2, 0.28, 3.0)[0]).sum()
+    ids, old, advantages = (rows.packed(data[name])[:, 1:] for name in ("distrl_ids", "distrl_old", "distrl_adv"))
+    ratio = logp.gather(1, ids.clamp(min=0)) - old
+    terms = old.exp() * ppo_terms(ratio, advantages, 0.2, 0.28)[0]
+    total = total + alpha * (weights[:, None] * terms.masked_fill(ids < 0, 0.0)).sum()
+    total.backward()
+    return {"loss": total.item(), "grad_norm": torch.nn.utils.clip_grad_norm_(model.parameters(), 1e9).item()}
 
 
 def with_slots(data, policy, reward_model):
