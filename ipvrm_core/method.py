@@ -1,4 +1,4 @@
-"""The switches of the method, and their two published settings: `paper` and `official` (the authors' code).
+"""The switches of the method, and their settings: `paper` and `official` (the authors' code), and ours, `ipvrm-core`.
 
 One field per row of the table in docs/method.md where the two differ or a user would ask. A trainer configuration
 starts from one of METHODS and overrides fields by name; `distrl_advantages` takes a Method.
@@ -94,5 +94,15 @@ METHODS: dict[str, Method] = {
         candidate_clip_high=0.20,
         candidate_dual_clip=3.0,
         aggregation="token_mean",
+    ),
+    # Ours, measured with the Implicit PRM in docs/results/credit.md: the sign of what the reward model prefers where
+    # there is a choice, how sure it is where there is none; bounded as perfect credit is.
+    "ipvrm-core": Method(
+        candidate_baseline="mean",
+        candidate_form="sign",
+        single_candidate="agreement",
+        process_normalize="batch",
+        process_coef=0.05,
+        alpha=1.0,
     ),
 }

@@ -48,7 +48,7 @@ def credit_of(rows: slice, answers: slice, method: ic.Method, process_group) -> 
     delta, logprobs = torch.randn(sum(LENGTHS), 3, generator=rng), -torch.rand(sum(LENGTHS), 3, generator=rng)
     cu = cu_seqlens_from_lengths(torch.tensor(LENGTHS[answers]))
     given = delta[rows], torch.ones(delta[rows].shape).long(), logprobs[rows], REWARDS[answers], cu, UIDS[answers]
-    credit = assign_credit(*given, method, process_group)
+    credit = assign_credit(*given, method, process_group, beta=0.5)
     return credit, batch_sigma(credit.values_N, method, process_group)
 
 

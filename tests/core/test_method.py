@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from dataclasses import fields
+from dataclasses import asdict, fields
 from typing import get_args, get_type_hints
 
 import pytest
@@ -64,10 +64,23 @@ def test_setting(setting):
     assert (getattr(METHODS["paper"], setting), getattr(METHODS["official"], setting)) == TABLE[setting]
 
 
-def test_the_table_holds_every_setting_and_there_are_two_presets():
+def test_the_table_holds_every_setting_and_there_are_three_presets():
     assert {field.name for field in fields(Method)} == set(TABLE)
-    assert list(METHODS) == ["paper", "official"]
+    assert list(METHODS) == ["paper", "official", "ipvrm-core"]
     assert METHODS["paper"] == Method()
+
+
+def test_what_ours_has_beside_the_papers():
+    ours, paper = asdict(METHODS["ipvrm-core"]), asdict(METHODS["paper"])
+    assert {name: value for name, value in ours.items() if value != paper[name]} == {
+        "candidate_baseline": "mean",
+        "candidate_form": "sign",
+        "single_candidate": "agreement",
+        "process_normalize": "batch",
+        "process_coef": 0.05,
+        "alpha": 1.0,
+    }
+    assert BATCHES["ipvrm-core"] == BATCHES["paper"]
 
 
 @pytest.mark.parametrize("setting", BATCH_TABLE)

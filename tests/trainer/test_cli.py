@@ -63,7 +63,10 @@ def test_config_tells_type_default_and_meaning(capsys):
     for section, rate in rates.items():  # not that of the class, but of the section that holds it
         assert f"default {rate} - " in lines[f"{section}.optim.lr"]
     assert "float, default 0.1 - least probability" in lines["rl.<name>.method.p_min"]
-    assert "'raw' | 'group' | 'none', default paper 'raw', official 'group' - " in lines["rl.<name>.method.dlw_scale"]
+    assert (
+        "'raw' | 'group' | 'none', default paper 'raw', official 'group', ipvrm-core 'raw' - "
+        in lines["rl.<name>.method.dlw_scale"]
+    )
 
 
 def test_no_key_lacks_a_meaning(capsys):

@@ -15,6 +15,7 @@ MOST = 1_000_000  # prompts, answers to one, candidates
 BATCHES = {  # what the presets leave to [rl.<name>.batch]
     "paper": {"prompts": 512, "keep_prompts": 256, "rollouts": 4, "too_few_mixed": "sample_on"},
     "official": {"prompts": 1024, "keep_prompts": 512, "rollouts": 16, "too_few_mixed": "fill"},
+    "ipvrm-core": {"prompts": 512, "keep_prompts": 256, "rollouts": 4, "too_few_mixed": "sample_on"},
 }
 
 
@@ -81,7 +82,9 @@ class Rl(Section):
     """One policy run. Without `reward_model` it is plain GRPO; with alpha = 0 it is GRPO with a process reward."""
 
     reward_model: RlRewardModel | None = None
-    preset: Literal["paper", "official"] = Field("paper", description="where method and batch start from")
+    preset: Literal["paper", "official", "ipvrm-core"] = Field(
+        "paper", description="where method and batch start from; ipvrm-core is ours, the batch the paper's"
+    )
     method: Annotated[dict[str, Any], Method] = Field({}, description="What differs from the preset.")
     batch: Batch = Batch()
     credit: Literal["reward_model", "oracle", "policy"] = Field(
