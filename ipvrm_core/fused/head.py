@@ -186,9 +186,8 @@ class HeadGradients:
         """Where a kernel should write dx of these rows: the result itself, or the head's memory for it."""
         if self.head.weight is not None:
             return self.head.gradient_rows(x_nV)
-        assert (
-            self.hidden is not None
-        )  # kernels want rows of stride 1; where the result has others, x is a private copy
+        assert self.hidden is not None
+        # Kernels want rows of stride 1; where the result has others, x is a private copy.
         return self.hidden[rows] if self.hidden.stride(1) == 1 else x_nV
 
     def add(self, rows: slice, gradient: RowGradient) -> None:
