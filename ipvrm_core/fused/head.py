@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ipvrm_core.fused.shard import VocabularyShard
 
-# Bytes for the private [n, V] buffers of one call. CPU: where the sweep of bench/cpu.py turns flat. CUDA: 384 rows of a
+# Bytes for the private [n, V] buffers of one call. CPU: 256 rows of a 150k vocabulary; twice as many are faster still,
+# but with a trained head over a tenth of plain PyTorch's memory (docs/results/cpu.md). CUDA: 384 rows of a
 # 150k vocabulary with their gradient, 640 without, which with dh stays under 0.5 GB at N = 8192, D = 4096. From 256
 # rows on a product is bound by arithmetic on an H100 or H200 whatever D is (n flops a byte of W against 167 to 240), so
 # D does not enter; derived, not yet measured (docs/kernels.md, section 8).
-DEFAULT_BUFFER_BYTES = {"cpu": 128 << 20, "cuda": 416 << 20}
+DEFAULT_BUFFER_BYTES = {"cpu": 160 << 20, "cuda": 416 << 20}
 _ROW_MULTIPLE = 128  # the tile of a product
 _MOST_ROWS = 4096
 _ALIGNMENT = 64  # logits: rows begin at multiples of 128 bytes, whatever V is

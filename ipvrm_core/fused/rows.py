@@ -182,9 +182,11 @@ class TorchRows:
         """Equation (1) divided by T, times dy/dx."""
         T = self.transform.rows(rows).column(c_nK)
         per_row = T if isinstance(T, float) else T[:, 0]
-        others = (None if grad is None else grad / per_row for grad in (grad_lse_n, grad_entropy_n))
-        dx_nV = logit_gradient_(softmax, self.scratch, ids_nK, c_nK / T, *others)
-        return RowGradient(dx_nV if slope_nV is None else dx_nV.mul_(slope_nV))
+        lse_n, entropy_n = (None if grad is None else grad / per_row for grad in (grad_lse_n, grad_entropy_n))
+        head = self.head  # without a weight dx is the result; db wants dx; on a GPU the lost rows would be waited for
+        scaled = head.weight is not None and head.bias is None and not softmax.exp_NV.is_cuda
+        dx_nV, scale_n1 = logit_gradient_(softmax, self.scratch, ids_nK, c_nK / T, lse_n, entropy_n, scaled=scaled)
+        return RowGradient(dx_nV if slope_nV is None else dx_nV.mul_(slope_nV), scale_n1)
 
     def candidates(self, rows: slice, x_nV: Tensor, sampled_n: Tensor, k: int, threshold: float) -> Found:
         """(ids [n, k] ascending, < 0 where no member; log p [n, k]; sampled log p [n]; entropy [n]).

@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+_LEAST_SCALE = 1e-20  # of sum_k |c_k|
+
 
 class RowSoftmax(NamedTuple):
     """`exp_NV` holds exp(z - max) in the buffer that z came in."""
@@ -57,21 +59,38 @@ def logit_gradient_(
     c_NK: Tensor,
     grad_lse_N: Tensor | None = None,
     grad_entropy_N: Tensor | None = None,
-) -> Tensor:
-    """Equation (1), dL/dz [N, V], written over `softmax.exp_NV`. Equal ids add up."""
+    *,
+    scaled: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(x, scale): equation (1), dL/dz [N, V], is scale [N, 1] * x, or x for None. x takes the place of exp(z - max).
+
+    scaled: a scale may be given, which saves a pass over x. Equal ids add up.
+    """
     c_NK = c_NK.masked_fill(ids_NK < 0, 0.0)
-    on_p_N = -c_NK.sum(-1)
+    on_p_N, scale_N1 = -c_NK.sum(-1), None  # on_p: what stands on every p_v
     if grad_lse_N is not None:
         on_p_N = on_p_N + grad_lse_N
-    if grad_entropy_N is None:
-        dz_NV = softmax.exp_NV.mul_(on_p_N[:, None] / softmax.sum_N1)
-    else:
+    if grad_entropy_N is not None:
         on_p_N = on_p_N + grad_entropy_N * (softmax.sum_N1[:, 0].log() - softmax.entropy_N)
         dz_NV = _with_entropy_(softmax, scratch_BV, on_p_N[:, None], grad_entropy_N[:, None])
+    elif scaled:
+        dz_NV, scale_N1 = softmax.exp_NV, _scale_(softmax, on_p_N[:, None], c_NK)
+        c_NK = c_NK / scale_N1
+    else:
+        dz_NV = softmax.exp_NV.mul_(on_p_N[:, None] / softmax.sum_N1)
     # Slot by slot: on a GPU one scatter over all slots adds equal ids by atomics, in any order.
     for k in range(ids_NK.shape[1]):
         dz_NV.scatter_add_(1, ids_NK[:, k : k + 1].clamp(min=0), c_NK[:, k : k + 1])
-    return dz_NV
+    return dz_NV, scale_N1
+
+
+def _scale_(softmax: RowSoftmax, on_p_N1: Tensor, c_NK: Tensor) -> Tensor:
+    """on_p / s. Rows where c / scale might overflow have no share in p that could be seen: there E is 0 and scale 1."""
+    scale_N1 = on_p_N1 / softmax.sum_N1
+    lost_N = (scale_N1.abs() <= _LEAST_SCALE * c_NK.abs().sum(-1, keepdim=True))[:, 0]
+    scale_N1[lost_N] = 1.0
+    softmax.exp_NV[lost_N] = 0.0
+    return scale_N1
 
 
 def _with_entropy_(softmax: RowSoftmax, scratch_BV: Tensor, on_p_N1: Tensor, grad_entropy_N1: Tensor) -> Tensor:

@@ -63,6 +63,26 @@ def test_a_function_of_one_output(what):
         check(problem, what)
 
 
+@pytest.mark.parametrize("bias", [True, False])
+def test_rows_whose_softmax_has_no_gradient(bias):
+    """sum_k c_k is 0 in the first two: the gradient is at the ids alone, though exp(z - max) stands where it goes."""
+    problem = make_problem(*SHAPES[0], dtype=torch.float64, bias=bias)
+
+    def fn(logprobs: ic.LogProbs, rows: slice) -> Tensor:
+        signs_n = torch.arange(rows.start, rows.start + len(logprobs.lse_N))
+        first_n, second_n = logprobs.logprobs_NK[:, 0], logprobs.logprobs_NK[:, 1]
+        alone_n = torch.where(signs_n < 2, 0.0, first_n.square())
+        return (first_n - second_n + alone_n).sum()
+
+    ids = problem.batch.ids_NS.clamp(min=0)
+    ours, exact = (
+        gradients(ic.row_loss(problem.hidden, problem.weight, ids, fn, bias=problem.bias, backend=backend), problem)
+        for backend in ("chunked", "reference")
+    )
+    for got, expected in zip(ours, exact, strict=True):
+        assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("softcap", [None, 4.0])
 @pytest.mark.parametrize("temperature", [0.6, "rows"])
 def test_transforms(temperature, softcap):
