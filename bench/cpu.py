@@ -158,7 +158,10 @@ def main() -> None:
         "environment": environment(),
         "shape": asdict(shape),
         "dtype": "float32",
-        "default_buffer_bytes": default_buffer_bytes(torch.device("cpu")),
+        "default_buffer_bytes": {
+            name: default_buffer_bytes(torch.device("cpu"), trained)
+            for name, trained in (("frozen", False), ("trained", True))
+        },
         "cases": [measure_case(case, args.rounds) for case in cases(shape)],
         "sweep": measure_sweep(shape, args.rounds) if args.sweep else [],
     }

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from ipvrm_core.fused.shard import VocabularyShard
 
-# Bytes for the private [n, V] buffers of one call. CPU: 256 rows of a 150k vocabulary; twice as many are faster still,
-# but with a trained head over a tenth of plain PyTorch's memory (docs/results/cpu.md). CUDA: 384 rows of a
-# 150k vocabulary with their gradient, 640 without, which with dh stays under 0.5 GB at N = 8192, D = 4096. From 256
-# rows on a product is bound by arithmetic on an H100 or H200 whatever D is (n flops a byte of W against 167 to 240), so
-# D does not enter; derived, not yet measured (docs/kernels.md, section 8).
-DEFAULT_BUFFER_BYTES = {"cpu": 160 << 20, "cuda": 416 << 20}
+# Bytes for the private [n, V] buffers of one call (frozen head, with dW besides). CPU: 512 and 256 rows of a 150k
+# vocabulary, both within a tenth of plain PyTorch's memory (docs/results/cpu.md). CUDA: 384 rows of it with their
+# gradient, 640 without, which with dh stays under 0.5 GB at N = 8192, D = 4096. From 256 rows on a product is bound by
+# arithmetic on an H100 or H200 whatever D is (n flops a byte of W against 167 to 240), so D does not enter; derived,
+# not yet measured (docs/kernels.md, section 8).
+DEFAULT_BUFFER_BYTES = {"cpu": (320 << 20, 160 << 20), "cuda": (416 << 20, 416 << 20)}
 _ROW_MULTIPLE = 128  # the tile of a product
 _MOST_ROWS = 4096
 _ALIGNMENT = 64  # logits: rows begin at multiples of 128 bytes, whatever V is
@@ -24,9 +24,9 @@ _ALIGNMENT = 64  # logits: rows begin at multiples of 128 bytes, whatever V is
 _SCRATCH_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
 
 
-def default_buffer_bytes(device: torch.device) -> int:
-    """The budget used where `max_buffer_bytes` is None."""
-    return DEFAULT_BUFFER_BYTES.get(device.type, DEFAULT_BUFFER_BYTES["cuda"])
+def default_buffer_bytes(device: torch.device, trained: bool = False) -> int:
+    """The budget used where `max_buffer_bytes` is None. trained: the gradient of the weight is made too."""
+    return DEFAULT_BUFFER_BYTES.get(device.type, DEFAULT_BUFFER_BYTES["cuda"])[trained]
 
 
 def wide_dtype(*tensors: Tensor | None) -> torch.dtype:

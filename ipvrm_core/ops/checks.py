@@ -136,10 +136,11 @@ def check_bfloat16_logits(
             raise ValueError(f"bfloat16_logits needs {name} in torch.bfloat16; got {x.dtype}")
 
 
-def checked_budget(max_buffer_bytes: int | None, device: torch.device) -> int:
-    """The budget in bytes; None is the default of the device."""
+def checked_budget(max_buffer_bytes: int | None, hidden: Tensor, weight: Tensor | None = None) -> int:
+    """The budget in bytes; None is the default of the device. weight: where its gradient may be made."""
     if max_buffer_bytes is None:
-        return default_buffer_bytes(device)
+        trained = weight is not None and weight.requires_grad and torch.is_grad_enabled()
+        return default_buffer_bytes(hidden.device, trained)
     if max_buffer_bytes < 1:
         raise ValueError(f"max_buffer_bytes must be >= 1 or None; got {max_buffer_bytes}")
     return max_buffer_bytes

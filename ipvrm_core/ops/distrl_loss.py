@@ -89,7 +89,7 @@ def _run(
     if weight is not None and checks.readable(batch.token_weights_N) and batch.masked_N.any():
         live = (~batch.masked_N).nonzero()[:, 0]  # the others would be zeros in every product
         hidden, batch = hidden[live], batch.rows(live)
-    budget = checks.checked_budget(max_buffer_bytes, hidden.device)
+    budget = checks.checked_budget(max_buffer_bytes, hidden, weight)
     backend = resolve(backend, hidden, weight, bias)
     checks.check_bfloat16_logits(bfloat16_logits, backend, hidden, weight, shard)
     if backend == "reference":

@@ -74,7 +74,7 @@ def _run(
     checks.check_ids("ids", ids, (N, None), V, hidden)
     checks.check_near(near, N, hidden)
     transform = checks.checked_transform(temperature, softcap, N, hidden)
-    budget = checks.checked_budget(max_buffer_bytes, hidden.device)
+    budget = checks.checked_budget(max_buffer_bytes, hidden, weight)
     backend = resolve(backend, hidden, weight, bias)
     if backend == "reference":
         logits = hidden if weight is None else head_logits(hidden, weight, bias)

@@ -82,7 +82,7 @@ def on_policy_distrl_loss(
         raise ValueError(f"sigma must be > 0; got {sigma}")
     rule = {"p_min": p_min, "strict": strict, "top_k": top_k, "keep_sampled": keep_sampled, "exclude": exclude}
     checks.check_rule(rule, N, hidden)
-    budget = checks.checked_budget(max_buffer_bytes, hidden.device)
+    budget = checks.checked_budget(max_buffer_bytes, hidden, weight)
     backend = resolve(backend, hidden, weight, bias)
     reward = RewardHead(reward_hidden.detach(), reward_weight.detach(), reward_bias, float(beta), sigma)
     if backend == "reference":

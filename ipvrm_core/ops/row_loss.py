@@ -83,7 +83,7 @@ def _run(
     checks.check_ids("ids", ids, (N, None), V, hidden)
     checks.check_near(near, N, hidden)
     transform = checks.checked_transform(temperature, softcap, N, hidden)
-    budget = checks.checked_budget(max_buffer_bytes, hidden.device)
+    budget = checks.checked_budget(max_buffer_bytes, hidden, weight)
     backend = resolve(backend, hidden, weight, bias)
     checks.check_bfloat16_logits(bfloat16_logits, backend, hidden, weight, shard)
     if backend == "reference":

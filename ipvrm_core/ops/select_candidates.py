@@ -81,7 +81,7 @@ def _run(
     checks.check_ids("sampled_ids", sampled_ids, (N,), V, hidden)
     transform = checks.checked_transform(temperature, softcap, N, hidden)
     checks.check_rule(rule, N, hidden)
-    budget = checks.checked_budget(max_buffer_bytes, hidden.device)
+    budget = checks.checked_budget(max_buffer_bytes, hidden)
     backend = resolve(backend, hidden, weight, bias)
     if backend == "reference":
         logits = hidden if weight is None else head_logits(hidden, weight, bias)

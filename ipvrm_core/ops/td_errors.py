@@ -62,7 +62,7 @@ def _run(
         given = f"{old_logprobs.dtype}, shape {tuple(old_logprobs.shape)}"
         raise ValueError(f"old_logprobs must be floating point [N, S] = {tuple(ids.shape)}; got {given}")
     transform = checks.checked_transform(temperature, softcap, N, hidden)
-    budget = checks.checked_budget(max_buffer_bytes, hidden.device)
+    budget = checks.checked_budget(max_buffer_bytes, hidden)
     backend = resolve(backend, hidden, weight, bias)
     if backend != "reference":
         return fused(

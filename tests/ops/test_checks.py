@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import ipvrm_core as ic
+from ipvrm_core.ops.checks import checked_budget
 
 N, D, V, K = 4, 3, 11, 2
 
@@ -91,6 +92,16 @@ def test_distrl_loss_refuses(head, batch, backend):
         ic.distrl_loss(*head, replace(batch, ids_NS=torch.full((N, 1 + K), 50)), backend=backend)
     with pytest.raises(ValueError, match=r"logits must be \[N, V\]; got shape \(44,\)"):
         ic.distrl_loss_from_logits(torch.zeros(N * V), batch, backend=backend)
+
+
+def test_the_default_budget_leaves_room_for_the_gradient_of_the_weight():
+    hidden, weight = torch.empty(1, 2), torch.empty(3, 2)
+    frozen = checked_budget(None, hidden, weight)
+    assert frozen == checked_budget(None, hidden)
+    assert checked_budget(None, hidden, weight.requires_grad_()) < frozen
+    with torch.no_grad():
+        assert checked_budget(None, hidden, weight) == frozen
+    assert checked_budget(7, hidden, weight) == 7
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="values on a CPU are always checked")
