@@ -1,15 +1,13 @@
 """examples/processes.py: DDP and FSDP2, by plain torch and by accelerate, learn on two processes what one learns."""
 
 import json
-import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from examples import processes
+from tests.ranks import run_ranks
 
 RUNS = {
     "ddp": (False, False),
@@ -19,14 +17,11 @@ RUNS = {
 }
 
 
-def _main(rank: int, port: int, folder: Path) -> None:
+def _main(rank: int, folder: Path) -> None:
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
     from torch.distributed.tensor import DTensor
 
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo")
     sgd, types = torch.optim.SGD, []
 
@@ -48,16 +43,12 @@ def _main(rank: int, port: int, folder: Path) -> None:
         assert all(issubclass(kind, DTensor) == sharded for kind in types), (name, types)
     if rank == 0:
         (folder / "found.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> dict[str, list]:
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_main, args=(port, folder), nprocs=2)
+    run_ranks(_main, folder)
     return json.loads((folder / "found.json").read_text())
 
 

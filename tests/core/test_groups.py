@@ -1,17 +1,16 @@
 """Groups of any hashable uid, and statistics over the batches of several processes: as if all were one batch."""
 
-import socket
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 import ipvrm_core as ic
 from ipvrm_core import estimators
 from ipvrm_core.credit import Credit, assign_credit, batch_sigma
 from ipvrm_core.packing import cu_seqlens_from_lengths
 from ipvrm_core.sequences.groups import gather, group_index
+from tests.ranks import run_ranks
 
 LENGTHS = [3, 1, 4, 2, 5, 2]
 UIDS = ["x", ("y", 2), "x", ("y", 2), "x", 7]  # one prompt on both processes, one of a single answer
@@ -52,10 +51,10 @@ def credit_of(rows: slice, answers: slice, method: ic.Method, process_group) -> 
     return credit, batch_sigma(credit.values_N, method, process_group)
 
 
-def _rank(rank: int, port: int, expected: dict) -> None:
-    from torch.distributed import destroy_process_group, group, init_process_group
+def _rank(rank: int, expected: dict) -> None:
+    from torch.distributed import group, init_process_group
 
-    init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    init_process_group("gloo")
     tokens = sum(LENGTHS[:SPLIT])
     rows, answers = (slice(0, tokens), slice(0, SPLIT)) if rank == 0 else (slice(tokens, None), slice(SPLIT, None))
     found = gather(REWARDS[answers], UIDS[answers], group.WORLD)
@@ -67,13 +66,9 @@ def _rank(rank: int, port: int, expected: dict) -> None:
         torch.testing.assert_close(credit.credit_NS, whole.credit_NS[rows], rtol=1e-5, atol=1e-5)
     totals = ic.Normalizers(torch.tensor(rank + 1.0), 2.0, torch.tensor(0.5)).across(group.WORLD)
     assert [float(value) for value in totals] == [3.0, 4.0, 1.0]
-    destroy_process_group()
 
 
 def test_two_processes_give_what_one_gives():
     everything = slice(None), slice(None)
     expected = {name: credit_of(*everything, method, None) for name, method in METHODS.items()}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_rank, args=(port, expected), nprocs=2)
+    run_ranks(_rank, expected)

@@ -1,15 +1,14 @@
 """A function run inside the model's own forward sees the model's own hidden states and head, however it is wrapped."""
 
 import copy
-import socket
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 import ipvrm_core as ic
 from ipvrm_core import PolicyLossConfig, linear_logprobs
 from ipvrm_core.heads import Head, at_forward, attach, causal_lm, head_of
+from tests.ranks import run_ranks
 from tests.sizes import SIZES
 
 IDS = torch.arange(3, 13).view(2, 5)
@@ -130,14 +129,13 @@ def test_a_scale_beside_a_soft_cap_is_refused():
         head_of(model)
 
 
-def _ranks(rank: int, port: int, expected: dict[str, torch.Tensor], loss: float) -> None:
+def _ranks(rank: int, expected: dict[str, torch.Tensor], loss: float) -> None:
     """One sequence a rank; the mean over ranks must be the gradient of the whole batch."""
-    from torch.distributed import destroy_process_group, init_process_group
+    from torch.distributed import init_process_group
     from torch.distributed.fsdp import fully_shard
     from torch.nn.parallel import DistributedDataParallel
 
-    torch.set_num_threads(1)
-    init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    init_process_group("gloo")
 
     def mean(hidden_BLD, head):
         ids = IDS[rank][:, None]
@@ -159,7 +157,6 @@ def _ranks(rank: int, port: int, expected: dict[str, torch.Tensor], loss: float)
             grad = parameter.grad
             grad = grad.full_tensor() if hasattr(grad, "full_tensor") else grad
             torch.testing.assert_close(grad, expected[name], rtol=1e-4, atol=1e-6)
-    destroy_process_group()
 
 
 def test_ddp_and_fsdp2_reduce_the_gradient_of_the_head():
@@ -167,7 +164,4 @@ def test_ddp_and_fsdp2_reduce_the_gradient_of_the_head():
     loss = -attach(model)(input_ids=IDS, at_head=logprobs).mean()
     loss.backward()
     expected = {name: parameter.grad for name, parameter in model.named_parameters()}
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(_ranks, args=(port, expected, loss.item()), nprocs=2)
+    run_ranks(_ranks, expected, loss.item())

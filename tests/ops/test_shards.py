@@ -1,19 +1,18 @@
 """A head whose vocabulary is split over 2 and 3 processes, against the whole head: every function, every gradient."""
 
 import os
-import socket
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 
 import ipvrm_core as ic
 from ipvrm_core.dispatch import why_no_triton
 from tests.ops.problems import CONFIGS, Problem, logprobs_and_gradients, loss_and_gradients, make_problem
+from tests.ranks import run_ranks
 
 N, D, V, K = 9, 6, 101, 5
 BORDERS = {2: [0, 51, V], 3: [0, 60, 61, V]}  # a rank with one column
@@ -69,13 +68,12 @@ def own_loss(logprobs: ic.LogProbs, batch: ic.PolicyBatch, rows: slice) -> torch
     return (batch.token_weights_N[rows] * (logprobs.logprobs_NK.exp().sum(1) + logprobs.lse_N)).sum()
 
 
-def _rank(rank: int, world: int, port: int, dtype: torch.dtype) -> None:
+def _rank(rank: int, world: int, dtype: torch.dtype) -> None:
     if TRITON:
         from ipvrm_core.bench.interpreter import patch_once
 
         patch_once()
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    dist.init_process_group("gloo")
     columns = slice(*BORDERS[world][rank : rank + 2])
     torch.manual_seed(3)
     for name, problem, config in problems(dtype):
@@ -95,7 +93,6 @@ def _rank(rank: int, world: int, port: int, dtype: torch.dtype) -> None:
             )
         if name == "everything":
             _as_dtensors(problem, config, want[0])
-    dist.destroy_process_group()
 
 
 def _as_dtensors(problem: Problem, config: ic.PolicyLossConfig, loss: torch.Tensor) -> None:
@@ -122,11 +119,8 @@ CASES = [(torch.float32, 3)] if TRITON else [(torch.float32, 2), (torch.float64,
 
 @pytest.mark.parametrize(("dtype", "world"), CASES)
 def test_a_split_head_is_the_whole_head(dtype, world):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    mp.spawn(_rank, args=(world, port, dtype), nprocs=world)
+    run_ranks(_rank, world, dtype, world=world)
 
 
 def test_the_reference_has_no_shards():

@@ -1,14 +1,13 @@
 """Two gloo processes, DDP and FSDP2, learn what one process learns; nothing silently runs as something else."""
 
 import os
-import socket
 from pathlib import Path
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from tests.integrations.trl import cases
+from tests.ranks import run_ranks
 
 ONLINE = {"online": "before", "learning_rate": 1e-3}
 RUNS = {  # name: (policy, reward model, config, distrl)
@@ -109,10 +108,8 @@ def force_fsdp2() -> None:
     }
 
 
-def rank_main(rank: int, port: int, models, folder: Path, sharded: bool) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "HF_HUB_OFFLINE": "1"}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.set_num_threads(1)
+def rank_main(rank: int, models, folder: Path, sharded: bool) -> None:
+    os.environ["HF_HUB_OFFLINE"] = "1"
     if sharded:
         force_fsdp2()
     from accelerate.state import AcceleratorState, GradientState
@@ -125,10 +122,6 @@ def rank_main(rank: int, port: int, models, folder: Path, sharded: bool) -> None
             torch.save(found, folder / f"{name}.pt")
         AcceleratorState._reset_state()
         GradientState._reset_state()
-    # FSDP2 leaves a running thread in its process groups, and a process that ends in the usual way is then aborted now
-    # and then ("terminate called without an active exception"); everything is computed and written by now.
-    torch.distributed.barrier()
-    os._exit(0)
 
 
 @pytest.fixture(scope="module")
@@ -139,10 +132,7 @@ def single(models, tmp_path_factory):
 @pytest.fixture(scope="module", params=["ddp", "fsdp2"])
 def double(request, models, tmp_path_factory):
     folder = tmp_path_factory.mktemp(request.param)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(rank_main, args=(port, models, folder, request.param == "fsdp2"), nprocs=2)
+    run_ranks(rank_main, models, folder, request.param == "fsdp2")
     return request.param, {name: torch.load(folder / f"{name}.pt", weights_only=False) for name in RUNS}
 
 

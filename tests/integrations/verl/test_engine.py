@@ -6,7 +6,6 @@ from functools import partial
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import verl_cases as cases
 from verl_steps import (
     CANDIDATES,
@@ -28,11 +27,12 @@ from ipvrm_core import objectives
 from ipvrm_core.integrations.verl.credit import reward_fields, reward_loss
 from ipvrm_core.integrations.verl.settings import DistRL
 from ipvrm_core.objectives import RewardBatch
+from tests.ranks import free_port, run_ranks
 
 
 @pytest.fixture(scope="module")
-def process_group(free_port):
-    start(free_port)
+def process_group():
+    start(free_port())
     yield
     dist.destroy_process_group()
 
@@ -104,10 +104,10 @@ def test_the_reward_models_loss_is_the_objectives(engines, models, name):
     assert taken == pytest.approx({"loss": loss.item(), "grad_norm": norm}, rel=1e-5)
 
 
-def test_two_processes_do_what_one_does(engines, models, tmp_path, free_port):
+def test_two_processes_do_what_one_does(engines, models, tmp_path):
     """FSDP2 on two gloo processes: the same candidates, the same gradient norms."""
     file = tmp_path / "found.json"
-    mp.spawn(rank_main, args=(free_port + 1, models, file), nprocs=2)
+    run_ranks(rank_main, models, file)
     ids = infer(engines[0], cases.batch(), CANDIDATES)["distrl_ids"].values()
     assert torch.load(file.with_suffix(".pt")).equal(ids)
     for mode, norm in json.loads(file.read_text()).items():

@@ -21,8 +21,8 @@ CANDIDATES = {"task": "candidates", "p_min": 0.05}
 TD_ERRORS = {"task": "td_errors", "beta": 2.0, "reference": True}
 
 
-def start(port: int, rank: int = 0, world: int = 1) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": "0", "WORLD_SIZE": str(world)}
+def start(port: int) -> None:
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -117,10 +117,11 @@ def one_step(engine, data, loss_function) -> dict:
     return {"loss": float(torch.tensor(out["loss"]).sum()), "grad_norm": float(out["metrics"]["grad_norm"])}
 
 
-def rank_main(rank: int, port: int, models, file: Path) -> None:
+def rank_main(rank: int, models, file: Path) -> None:
     from torch.distributed.tensor import DTensor
 
-    start(port, rank, 2)
+    os.environ["LOCAL_RANK"] = "0"
+    dist.init_process_group("gloo")
     policy, reward_model = (cases.engine(models[name], 2) for name in ("policy", "reward"))
     assert all(isinstance(parameter, DTensor) for parameter in policy.module.parameters())
     data = cases.batch(slice(4 * rank, 4 * rank + 4))
@@ -132,5 +133,3 @@ def rank_main(rank: int, port: int, models, file: Path) -> None:
     if rank == 0:
         file.write_text(json.dumps(found))
         torch.save(torch.cat(ids), file.with_suffix(".pt"))
-    dist.barrier()
-    dist.destroy_process_group()
