@@ -17,7 +17,7 @@ for constraints in tests/integrations/"$host"/constraints*.txt; do
         touch "$env/.installed"
     fi
     echo "$host with $constraints"
-    PYTHONPATH="$PWD:$PWD/tests/integrations/$host" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled \
+    PYTHONPATH="$PWD:$PWD/tests:$PWD/tests/integrations/$host" HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 RAY_AUTH_MODE=disabled \
         "$env/bin/python" -m pytest -q -n 2 --dist loadfile \
         -W ignore -o addopts="--import-mode=importlib --strict-markers" "$@" tests/integrations/"$host"
 done

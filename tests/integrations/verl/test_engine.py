@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import verl_cases as cases
+from ranks import free_port, run_ranks  # verl's package brings a package of the name tests
 from verl_steps import (
     CANDIDATES,
     MODES,
@@ -27,7 +28,6 @@ from ipvrm_core import objectives
 from ipvrm_core.integrations.verl.credit import reward_fields, reward_loss
 from ipvrm_core.integrations.verl.settings import DistRL
 from ipvrm_core.objectives import RewardBatch
-from tests.ranks import free_port, run_ranks
 
 
 @pytest.fixture(scope="module")
