@@ -1,6 +1,6 @@
 # make test   set up and run everything         make demo   set up and run the demo to its report
 # make check  lint, types and the quick tests   make bench  CPU benchmark          make clean
-# make test-trl test-verl  the tests inside TRL (oldest and newest 1.x) and verl, in environments of their own
+# make test-trl test-verl test-vllm  the tests with TRL (oldest and newest 1.x), verl and vLLM, in environments of their own
 # make docs   the site, build/site/index.html; a broken link is an error
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -9,13 +9,13 @@ INSTALLED := $(VENV)/.installed
 # Two test files at a time, one thread each: a file's tests share what they set up.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
-.PHONY: test test-trl test-verl check demo bench lint types docs clean
+.PHONY: test test-trl test-verl test-vllm check demo bench lint types docs clean
 
 test: $(INSTALLED) lint types docs
 	$(PYTEST)
 	TRITON_INTERPRET=1 $(PYTEST) tests/kernels tests/ops
 
-test-trl test-verl: test-%:
+test-trl test-verl test-vllm: test-%:
 	tests/integrations/run.sh $*
 
 check: $(INSTALLED) lint types

@@ -106,7 +106,15 @@ class Experiment(Run):
     # ---- sampling
 
     def sampler(self, policy: LanguageModel) -> Sampler:
-        return Generate(policy, self.text.tokenizer, self.config.generation.batch)
+        """The caller closes it; `trainer/sampling/base.py` has what it promises."""
+        generation, tokenizer = self.config.generation, self.text.tokenizer
+        if generation.sampler == "generate":
+            return Generate(policy, tokenizer, generation.batch)
+        from ipvrm_core.trainer.sampling.vllm import VllmSampler
+
+        low = "bfloat16" in (self.config.model.dtype, {"bf16": "bfloat16"}.get(self.config.precision))
+        dtype = "bfloat16" if low else "float32"
+        return VllmSampler(policy, tokenizer, generation.vllm, batch=generation.batch, dtype=dtype)
 
     def drawing(self, samples: int) -> Drawing:
         """Answers to learn from: of the full distribution, at the run's temperature."""

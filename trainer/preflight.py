@@ -9,6 +9,7 @@ from ipvrm_core.trainer.config import Config, ConfigError, Scratch, Source
 from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.data.sources import read_source
 from ipvrm_core.trainer.data.tasks import make_task
+from ipvrm_core.trainer.sampling.engine import check_installed
 from ipvrm_core.trainer.text.prompts import encode_prompt
 from ipvrm_core.trainer.verify import JUDGES
 from ipvrm_core.trainer.verify.worker import load_judge
@@ -17,10 +18,12 @@ LONGEST = 100  # prompts of a source that are encoded, the longest by their char
 
 
 def preflight(config: Config, run: Path) -> None:
-    """ConfigError for a judge that cannot be imported, for sizes beyond this machine and, where `run` is new, for
-    prompts that leave the model no positions for their answers. Data that cannot be read raise as they do later.
+    """ConfigError for a judge or a sampler that cannot be imported, for sizes beyond this machine and, where `run` is
+    new, for prompts that leave the model no positions for their answers. Data that cannot be read raise as later on.
     """
     check_judge(config.verifier.kind)
+    if config.generation.sampler == "vllm":
+        check_installed()
     check_sizes(config)
     if not (run / "config.json").exists():
         check_prompts(config)

@@ -72,6 +72,9 @@ def test_prefixes_are_continued_where_they_were_cut(tiny_experiment, tiny_model,
             asked.extend(given)
             return [Sample(p, [4 + s], [0.0], True) for p in given for s in range(drawing.samples)]
 
+        def close(self):
+            pass
+
     class Parity:
         def __call__(self, texts, golds):
             judged.append(texts)

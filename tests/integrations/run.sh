@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # run.sh HOST [pytest arguments]: the tests of a framework, in an environment of its own for each constraints file of
-# tests/integrations/HOST. An environment is made once and named by the hash of what goes into it.
+# tests/integrations/HOST. An environment is made once and named by the hash of what goes into it. A constraints file
+# says in comments which extra of ours has the host, if it is not called so, what else the tests need, and what the host
+# asks for and cannot load (torchvision's wheel looks for CUDA).
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 host=$1
@@ -12,8 +14,11 @@ for constraints in tests/integrations/"$host"/constraints*.txt; do
     if [ ! -e "$env/.installed" ]; then
         rm -rf "$env"
         "$python" -m venv "$env"
-        "$env/bin/python" -m pip install -q --disable-pip-version-check -c "$constraints" -e ".[$host,trainer]" \
+        extra=$(grep -oP '^# extra: \K.*' "$constraints" || echo "$host")
+        "$env/bin/python" -m pip install -q --disable-pip-version-check -c "$constraints" -e ".[$extra,trainer]" \
             $(grep -oP '^# with: \K.*' "$constraints")
+        without=$(grep -oP '^# without: \K.*' "$constraints" || true)
+        [ -z "$without" ] || "$env/bin/python" -m pip uninstall -q -y $without
         touch "$env/.installed"
     fi
     echo "$host with $constraints"

@@ -24,7 +24,11 @@ def sampled(monkeypatch):
             samples = drawing.samples
             numbers = [int(example.id.rsplit("-", 1)[1]) for example in examples]
             asked.append((numbers[0], len(numbers)))
-            made = [Sample([number + 2], [s + 2, 1], [0.0, 0.0], True) for number in numbers for s in range(samples)]
+            made = [
+                Sample([number + 2], [s + 2, 1], [-1.0 - number, -0.5 * s], True)
+                for number in numbers
+                for s in range(samples)
+            ]
 
             def verdict(number: int, s: int) -> Verdict:
                 if number in timeouts and s == samples - 1:
@@ -47,6 +51,13 @@ def _settings(policy: str, keep: int = 3, rounds: int = 4, **more) -> Batch:
 def _kept(made: Collected, rollouts: int = 3) -> list[int]:
     """Numbers of the kept prompts, in order."""
     return [answer.prompt_ids[0] - 2 for answer in made.answers[::rollouts]]
+
+
+def test_the_samplers_log_probs_stay_with_their_answers(tiny_experiment, sampled):
+    sampled([0, 3, 2, 1])
+    made = collect(tiny_experiment(), None, _settings("sample_on", keep=2), 0)
+    assert _kept(made) == [2, 3]
+    assert made.sampler_logprobs_N.tolist() == [-3, 0, -3, -0.5, -3, -1, -4, 0, -4, -0.5, -4, -1]
 
 
 @pytest.mark.parametrize("policy", ["sample_on", "fill"])

@@ -221,21 +221,30 @@ def test_the_reward_model_learns_in_training_mode_and_scores_in_evaluation_mode(
 @pytest.mark.parametrize(
     ("update", "order"),
     [
-        ("none", ["collect", "old_policy", "assign", "update_policy", "sync"]),
-        ("before", ["collect", "old_policy", "update_reward_model", "assign", "update_policy", "sync"]),
-        ("after", ["collect", "old_policy", "assign", "update_policy", "sync", "update_reward_model"]),
+        ("none", ["collect", "rest", "old_policy", "correct", "assign", "update_policy", "sync"]),
+        (
+            "before",
+            ["collect", "rest", "old_policy", "correct", "update_reward_model", "assign", "update_policy", "sync"],
+        ),
+        (
+            "after",
+            ["collect", "rest", "old_policy", "correct", "assign", "update_policy", "update_reward_model", "sync"],
+        ),
     ],
 )
 def test_the_order_of_a_step(tiny_config, monkeypatch, update, order):
-    """Whoever samples learns of every update, and the reward model learns when its schedule says so."""
+    """Whoever samples rests while models learn and hears of every update; the reward model learns when it is said."""
     done, batch = [], two_prompts()
-    results = {"collect": batch, "old_policy": SimpleNamespace(logprobs_N=None), "assign": batch}
-    for name in ("collect", "old_policy", "assign", "update_policy", "update_reward_model"):
+    old = SimpleNamespace(logprobs_N=None, cu_seqlens=None)
+    results = {"collect": batch, "old_policy": old, "correct": (None, {}), "assign": batch}
+    for name in ("collect", "old_policy", "correct", "assign", "update_policy", "update_reward_model"):
         result = results.get(name, {})
         monkeypatch.setattr(step_module, name, lambda *_, name=name, result=result: done.append(name) or result)
     rl = tiny_config(rl={"x": {}}).rl["x"].model_copy(update={"reward_model": RlRewardModel(name="r", update=update)})
     policy = object()
-    sampler = SimpleNamespace(sync=lambda given: done.append("sync") if given is policy else None)
+    sampler = SimpleNamespace(
+        rest=lambda: done.append("rest"), sync=lambda given: done.append("sync") if given is policy else None
+    )
     learner = Learner("x", rl, rl.resolved(), policy, sampler, {"policy": None, "reward_model": None}, object())
     rl_step(SimpleNamespace(seed=lambda *_: None), learner, 1, 0, lambda *_, **__: None)
     assert done == order

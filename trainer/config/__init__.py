@@ -11,15 +11,16 @@ from ipvrm_core.trainer.config.experiment import Config
 from ipvrm_core.trainer.config.listing import describe
 from ipvrm_core.trainer.config.loading import check, load
 from ipvrm_core.trainer.config.model import Lora, Model, Scratch
-from ipvrm_core.trainer.config.policy import Batch, Rl, RlRewardModel
+from ipvrm_core.trainer.config.policy import Batch, Correction, Rl, RlRewardModel
 from ipvrm_core.trainer.config.reward_model import RewardModel
-from ipvrm_core.trainer.config.training import Generation, Optim, Rollout, Sft
+from ipvrm_core.trainer.config.training import Generation, Optim, Rollout, Sft, Vllm
 
 __all__ = [
     "Batch",
     "Chats",
     "Config",
     "ConfigError",
+    "Correction",
     "Eval",
     "Generation",
     "Leakage",
@@ -35,6 +36,7 @@ __all__ = [
     "Sft",
     "Source",
     "Verifier",
+    "Vllm",
     "check",
     "describe",
     "load",

@@ -45,6 +45,15 @@ class Config(Section):
         return self.data.task if self.data else None
 
     @model_validator(mode="after")
+    def _correction_is_resolved(self):
+        """What config.json shows is what runs."""
+        level = "token" if self.generation.sampler == "vllm" else "none"
+        for rl in self.rl.values():
+            if rl.correction.level is None:
+                rl.__dict__["correction"] = rl.correction.model_copy(update={"level": level})
+        return self
+
+    @model_validator(mode="after")
     def _sections_are_there(self):
         """Nothing but reward models on chats of their own can do without data and test."""
         sft = self.sft is not None

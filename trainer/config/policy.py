@@ -78,6 +78,18 @@ class Batch(Section):
             )
 
 
+class Correction(Section):
+    """Weights of the loss for what the sampler computes otherwise than the trainer: truncated importance sampling."""
+
+    level: Literal["none", "token", "sequence"] | None = Field(
+        None,
+        description="whose ratio trainer / sampler is the weight: the token's own, or the whole answer's; None: token "
+        'with generation.sampler = "vllm", else none',
+    )
+    mode: Literal["cap", "mask"] = Field("cap", description="a ratio above the limit counts as the limit, or as 0")
+    limit: Annotated[float, Field(ge=1)] = Field(2.0, description="of the ratio")
+
+
 class Rl(Section):
     """One policy run. Without `reward_model` it is plain GRPO; with alpha = 0 it is GRPO with a process reward."""
 
@@ -97,6 +109,7 @@ class Rl(Section):
         description="of problems, answers and minibatches: equal for runs that are to be compared, another for a "
         "repetition; None: the run's name is one",
     )
+    correction: Correction = Correction()
     steps: Positive = Field(100, description="batches of rollouts that are learnt from")
     epochs: Positive = Field(1, description="passes over a batch of rollouts")
     minibatch: Positive = Field(256, description="sequences per policy step")

@@ -42,9 +42,34 @@ class Rollout(Section):
     batch: Positive = Field(64, description="prompts sampled at once; also the unit of resuming")
 
 
+class Vllm(Section):
+    """The engine of sampler = "vllm", in the trainer's own process (docs/vllm.md)."""
+
+    cache_gib: PositiveFloat = Field(4.0, description="memory for keys and values, besides that of its weights")
+    context: Positive | None = Field(
+        None, description="tokens of prompt and answer together; None: all that the model has positions for"
+    )
+    dtype: Literal["float32", "bfloat16"] | None = Field(
+        None, description="of its weights; None: bfloat16 where the policy's layers compute in it, else float32"
+    )
+    lora: Literal["adapter", "merged"] = Field(
+        "adapter", description="how a policy with adapters arrives: as an adapter, or merged into whole weights"
+    )
+    eager: bool = Field(False, description="no CUDA graphs: starts sooner, samples more slowly")
+    tolerance: PositiveFloat | None = Field(
+        None,
+        description="mean |difference| of a few log-probs to the trainer's, after every update, at which the run "
+        "stops; None: 1e-3, with bfloat16 on a side 0.1",
+    )
+
+
 class Generation(Section):
     """Sampling of training rollouts. The method needs the full distribution, so there is no top-p or top-k here."""
 
+    sampler: Literal["generate", "vllm"] = Field(
+        "generate", description="transformers' generate, or vLLM (the extra vllm); see also rl.<name>.correction"
+    )
     temperature: PositiveFloat = Field(1.0, description="divides the logits, of every log-prob in training too")
     max_new_tokens: Positive = Field(1024, description="tokens at which an answer is cut")
     batch: Positive = Field(256, description="sequences generated at once")
+    vllm: Vllm = Vllm()

@@ -38,6 +38,7 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
             Training(experiment, folder, rl.steps, models, learner.optimizers, show=SHOW, state=state)
         )
         todo.callback(learner.sampler.close)
+        learner.sampler.sync(learner.policy)  # the weights may be a checkpoint's
         for step in training.steps():
             batch, numbers = rl_step(experiment, learner, step, training.state["cursor"], training.uses)
             training.state["cursor"] = batch.cursor

@@ -2,9 +2,9 @@
 
 from ipvrm_core.trainer.batching import micro_batches
 from ipvrm_core.trainer.experiment import Experiment
-from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.optim import apply_step, make_optimizer
 from ipvrm_core.trainer.phases.training import Training, phase_folder
+from ipvrm_core.trainer.sampling.base import Sampler
 from ipvrm_core.trainer.sampling.verified import right_share
 
 CHECK_EVERY = 10  # steps between accuracy checks, where sft.stop_accuracy asks for them
@@ -26,6 +26,10 @@ def run(experiment: Experiment, resume: bool = False) -> None:
         training = todo.enter_context(
             Training(experiment, folder, sft.steps, {"model": model.model}, {"model": optimizer}, show=show, every=10)
         )
+        sampler = experiment.sampler(model) if sft.stop_accuracy else None
+        if sampler:
+            todo.callback(sampler.close)
+            sampler.rest()
         for step in training.steps():
             experiment.seed("sft", step)
             examples = experiment.examples("sft", (step - 1) * sft.batch, sft.batch)
@@ -39,16 +43,18 @@ def run(experiment: Experiment, resume: bool = False) -> None:
                 total += loss.item()
             norm = apply_step(optimizer, sft.optim, step, sft.steps)
             numbers = {}
-            if sft.stop_accuracy and step % CHECK_EVERY == 0:
+            if sampler and step % CHECK_EVERY == 0:
+                sampler.sync(model)
                 experiment.seed("sft check", step)
-                numbers["accuracy"] = sampled_accuracy(experiment, model)
+                numbers["accuracy"] = sampled_accuracy(experiment, sampler)
+                sampler.rest()
                 training.state["stopped"] = numbers["accuracy"] >= sft.stop_accuracy
             training.log(step, nll=total, grad_norm=norm, tokens=tokens, **numbers)
         training.finish(model.model)
 
 
-def sampled_accuracy(experiment: Experiment, model: LanguageModel) -> float:
+def sampled_accuracy(experiment: Experiment, sampler: Sampler) -> float:
     """Share of right answers to CHECK_PROMPTS training problems of a stream of their own, of those with a verdict."""
     examples = experiment.examples("sft check", 0, CHECK_PROMPTS)
-    _, verdicts = experiment.asker.ask(experiment.sampler(model), examples, experiment.drawing(1))
+    _, verdicts = experiment.asker.ask(sampler, examples, experiment.drawing(1))
     return right_share(verdicts)

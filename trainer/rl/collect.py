@@ -47,6 +47,7 @@ class Collected:
     group_mean_B: Tensor  # mu of the answer's prompt
     cursor: int  # the next unused training example
     numbers: dict[str, float]
+    sampler_logprobs_N: Tensor | None = None  # of the tokens, by whoever sampled them; None: it is not known
     due_N: Tensor | None = None  # the token that a built-in task demands, -1 where it leaves it open
 
     def outcome(self, method: Method) -> Tensor:
@@ -84,6 +85,9 @@ def collect(experiment: Experiment, sampler: Sampler, batch: Batch, cursor: int,
         groups_B=torch.arange(len(kept)).repeat_interleave(batch.rollouts).to(experiment.device),
         group_mean_B=rewards_GS.mean(1).repeat_interleave(batch.rollouts).to(experiment.device),
         cursor=cursor,
+        sampler_logprobs_N=torch.tensor(
+            [value for group in kept for sample in group.samples for value in sample.logprobs], device=experiment.device
+        ),
         due_N=_due(experiment, kept),
         numbers={
             **_round_numbers(groups[: batch.prompts]),

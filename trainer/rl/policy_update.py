@@ -4,6 +4,7 @@ Shape letters: N packed response tokens of a minibatch, S = 1 + K slots.
 """
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from ipvrm_core.trainer.batching import Answer, micro_batches
 from ipvrm_core.trainer.config import Rl
 from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.optim import apply_step
+from ipvrm_core.trainer.rl.correction import Weights
 from ipvrm_core.trainer.rl.credit import BatchCredit
 
 
@@ -28,6 +30,7 @@ def update_policy(
     credit: BatchCredit,
     ref_logprobs_N: Tensor | None,
     step: int,
+    correction: Weights | None = None,
 ) -> dict[str, float]:
     """All PPO steps on one batch; metrics are means over the minibatches."""
     config = method.loss_config(kl_coef=rl.kl_coef, entropy_coef=rl.entropy_coef)
@@ -36,7 +39,7 @@ def update_policy(
     count = 0
     for index in _minibatches(len(answers), rl):
         chosen = [answers[b] for b in index]
-        batch = make_policy_batch(method, credit, index, ref_logprobs_N)
+        batch = make_policy_batch(method, credit, index, ref_logprobs_N, correction)
         numbers = _backward(policy, config, chosen, batch)
         numbers["grad_norm"] = apply_step(optimizer, rl.optim, step, rl.steps)
         sums = {name: sums.get(name, 0.0) + value for name, value in numbers.items()}
@@ -68,9 +71,17 @@ def _backward(policy: LanguageModel, config, answers: Sequence[Answer], batch: P
 
 
 def make_policy_batch(
-    method: Method, credit: BatchCredit, index: Sequence[int], ref_logprobs_N: Tensor | None
+    method: Method,
+    credit: BatchCredit,
+    index: Sequence[int],
+    ref_logprobs_N: Tensor | None,
+    correction: Weights | None = None,
 ) -> PolicyBatch:
-    """The rows of the answers `index` with their TD scale, aggregation weights and normalisers."""
+    """The rows of the answers `index` with their TD scale, aggregation weights and normalisers.
+
+    correction: factors of the weights. The normalisers are those of the rows without them: what a limit takes away is
+    not given to the other rows.
+    """
     bounds, device = credit.cu_seqlens.tolist(), credit.ids_NS.device
     rows_N = torch.cat([torch.arange(bounds[b], bounds[b + 1]) for b in index]).to(device)
     lengths_B = torch.tensor([bounds[b + 1] - bounds[b] for b in index], device=device)
@@ -78,11 +89,18 @@ def make_policy_batch(
     if rows.values_N is not None:
         scope_N = rows.values_N if method.sigma_scope == "minibatch" else credit.credit.values_N
         advantages_NS = rows.advantages(method, batch_sigma(scope_N, method))
-    return PolicyBatch.of(
+    batch = PolicyBatch.of(
         credit.ids_NS[rows_N],
         credit.old_logprobs_NS[rows_N],
         advantages_NS,
         cu_seqlens_from_lengths(lengths_B),
         aggregation=method.aggregation,
         ref_logprobs_N=None if ref_logprobs_N is None else ref_logprobs_N[rows_N],
+    )
+    if correction is None:
+        return batch
+    return replace(
+        batch,
+        token_weights_N=batch.token_weights_N * correction.token_N[rows_N],
+        candidate_weights_N=batch.candidate_weights_N * correction.candidate_N[rows_N],
     )

@@ -11,6 +11,7 @@ from ipvrm_core.trainer.config import Rl
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.rl.collect import Collected, collect
+from ipvrm_core.trainer.rl.correction import correct
 from ipvrm_core.trainer.rl.credit import assign
 from ipvrm_core.trainer.rl.old_policy import old_policy
 from ipvrm_core.trainer.rl.policy_update import update_policy
@@ -45,9 +46,11 @@ def rl_step(
     batch = collect(experiment, learner.sampler, rl.batch, cursor, "rl" if rl.seed is None else f"rl {rl.seed}")
     if not batch.answers:
         return batch, batch.numbers
+    learner.sampler.rest()
     uses(batch.answers, rewards=batch.rewards_B.tolist(), groups=batch.groups_B.tolist())
 
     old = old_policy(learner.policy, method, batch.answers)
+    correction, mismatch = correct(rl.correction, batch.sampler_logprobs_N, old.logprobs_N, old.cu_seqlens)
     ref_N = None if learner.reference is None else learner.reference.logprobs(batch.answers)
 
     def update_rm() -> dict[str, float]:
@@ -68,8 +71,9 @@ def rl_step(
         credit,
         ref_N if rl.kl_coef else None,
         step,
+        correction,
     )
-    learner.sampler.sync(learner.policy)
     if schedule == "after":
         rm_numbers = update_rm()
-    return batch, {**batch.numbers, **rm_numbers, **credit.numbers, **policy_numbers}
+    learner.sampler.sync(learner.policy)
+    return batch, {**batch.numbers, **mismatch, **rm_numbers, **credit.numbers, **policy_numbers}

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from torch import nn
+
 from ipvrm_core.trainer.language_model import LanguageModel
 
 
@@ -42,6 +44,18 @@ class Sampler(Protocol):
         """The next answers come from these weights: called after every update of the policy."""
         ...
 
+    def rest(self) -> None:
+        """Training follows: memory that only sampling needs may go until the next `sample` or `sync`."""
+        ...
+
     def close(self) -> None:
         """Whatever it holds is free again."""
         ...
+
+
+def eos_ids(model: nn.Module, tokenizer) -> set[int]:
+    """The tokens that end an answer: those of the model's own generation config, and the tokenizer's."""
+    own = getattr(model, "generation_config", None)
+    ids = own.eos_token_id if own is not None else None
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return {*ids, tokenizer.eos_token_id}

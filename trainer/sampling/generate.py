@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ipvrm_core.heads import causal_lm
 from ipvrm_core.trainer.language_model import LanguageModel
-from ipvrm_core.trainer.sampling.base import Drawing, Sample
+from ipvrm_core.trainer.sampling.base import Drawing, Sample, eos_ids
 
 
 class _KeepLogprobs:
@@ -48,6 +48,9 @@ class Generate:
     def sync(self, policy: LanguageModel) -> None:
         self.policy = policy
 
+    def rest(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 
@@ -60,7 +63,7 @@ def _generate_batch(model, tokenizer, prompts, drawing: Drawing) -> list[Sample]
     longest = max(map(len, prompts))
     ids_BL = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts], device=device)
     mask_BL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
-    ends = _eos_ids(model, tokenizer)
+    ends = eos_ids(model, tokenizer)
     temperature, top_p = drawing.temperature, drawing.top_p
     greedy = temperature == 0
     settings = {} if greedy else {"temperature": temperature, "top_p": top_p, "top_k": 0}
@@ -91,10 +94,3 @@ def _generate_batch(model, tokenizer, prompts, drawing: Drawing) -> list[Sample]
         end = next((t + 1 for t, token in enumerate(tokens) if token in ends), None)
         made.append(Sample(prompt, tokens[:end], logprobs[:end], end is not None))
     return made
-
-
-def _eos_ids(model: nn.Module, tokenizer) -> set[int]:
-    own = getattr(model, "generation_config", None)
-    ids = own.eos_token_id if own is not None else None
-    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
-    return {*ids, tokenizer.eos_token_id}

@@ -1,6 +1,7 @@
 """Accuracy of a policy on the test prompts: greedy, avg@k, pass@k, and whole traces where steps can be checked."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 from ipvrm_core.trainer.data.example import Example
@@ -52,11 +53,11 @@ def accuracy(greedy: Sequence[Judged], drawn: Sequence[Judged], k: int, sizes: S
 def policy_accuracy(experiment: Experiment, model: LanguageModel, examples: Sequence[Example]) -> dict[str, float]:
     """`accuracy` with k = eval.samples; for a built-in task also all_steps_greedy and all_steps."""
     settings, new_tokens = experiment.config.eval, experiment.config.generation.max_new_tokens
-    sampler, k = experiment.sampler(model), settings.samples
-    greedy, greedy_verdicts = experiment.asker.ask(sampler, examples, Drawing(1, 0.0, max_new_tokens=new_tokens))
+    k = settings.samples
     drawing = Drawing(k, settings.temperature, settings.top_p, new_tokens)
-    drawn, verdicts = experiment.asker.ask(sampler, examples, drawing)
-    sampler.close()
+    with closing(experiment.sampler(model)) as sampler:
+        greedy, greedy_verdicts = experiment.asker.ask(sampler, examples, Drawing(1, 0.0, max_new_tokens=new_tokens))
+        drawn, verdicts = experiment.asker.ask(sampler, examples, drawing)
     result = accuracy(judged(greedy, greedy_verdicts), judged(drawn, verdicts), k)
     if experiment.task:
         repeated = [example for example in examples for _ in range(k)]

@@ -3,6 +3,7 @@
 Shape letters: N packed response tokens, R answers, M answers of one prompt.
 """
 
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,8 @@ def sample_own(experiment: Experiment, policy: LanguageModel) -> OwnAnswers:
     settings = experiment.config.eval
     examples = experiment.test_examples(settings.prompts)
     per_prompt = max(settings.best_of_n, default=1)
-    made, verdicts = experiment.asker.ask(experiment.sampler(policy), examples, experiment.drawing(per_prompt))
+    with closing(experiment.sampler(policy)) as sampler:
+        made, verdicts = experiment.asker.ask(sampler, examples, experiment.drawing(per_prompt))
     logprobs_N = policy.logprobs([Answer(one.prompt_ids, one.response_ids) for one in made])
     return OwnAnswers(policy, examples, per_prompt, made, verdicts, logprobs_N)
 

@@ -5,6 +5,7 @@ continuation is one case: its outcome against |V_t|, V_t, V_t / t and the TD err
 """
 
 from collections.abc import Sequence
+from contextlib import closing
 from typing import NamedTuple
 
 import torch
@@ -67,16 +68,16 @@ def continued_prefixes(
     Sampled and scored at the training temperature. Cuts that leave no token on either side are left out.
     """
     prompts = [experiment.text.prompt_ids(example) for example in examples]
-    sampler = experiment.sampler(policy)
-    answers = sampler.sample(prompts, experiment.drawing(1))
-    cuts = []
-    for number, answer in enumerate(answers):
-        lengths = sorted({int(fraction * len(answer.response_ids)) for fraction in fractions})
-        cuts += [(number, length) for length in lengths if 0 < length < len(answer.response_ids)]
-    if not cuts:
-        return []
-    begun = [prompts[number] + answers[number].response_ids[:length] for number, length in cuts]
-    drawn = sampler.sample(begun, experiment.drawing(samples))
+    with closing(experiment.sampler(policy)) as sampler:
+        answers = sampler.sample(prompts, experiment.drawing(1))
+        cuts = []
+        for number, answer in enumerate(answers):
+            lengths = sorted({int(fraction * len(answer.response_ids)) for fraction in fractions})
+            cuts += [(number, length) for length in lengths if 0 < length < len(answer.response_ids)]
+        if not cuts:
+            return []
+        begun = [prompts[number] + answers[number].response_ids[:length] for number, length in cuts]
+        drawn = sampler.sample(begun, experiment.drawing(samples))
     texts, golds = [], []
     for index, sample in enumerate(drawn):
         number, length = cuts[index // samples]

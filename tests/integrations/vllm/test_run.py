@@ -1,0 +1,138 @@
+"""The trainer from a configuration with `sampler = "vllm"`: a start that can do something, RL steps, an end, a kill."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from ipvrm_core.trainer.commands.main import main
+from ipvrm_core.trainer.metrics import MetricsLog
+from ipvrm_core.trainer.sampling.vllm import VllmSampler
+
+CONFIG = """
+name = "tiny"
+device = "cpu"
+checkpoint_every = 2
+model.scratch = { hidden_size = 64, layers = 1, heads = 2, kv_heads = 2, intermediate_size = 128, context = 96 }
+data = { task = "chain", task_args = { min_ops = 1, max_ops = 2 } }
+test = { task = "chain", task_args = { min_ops = 1, max_ops = 2 } }
+verifier = { kind = "exact" }
+sft = { steps = 60, batch = 32, stop_accuracy = 0.05, optim = { lr = 1e-2, warmup = 5 } }
+eval = { prompts = 8, samples = 2, traces = 8 }
+
+[generation]
+sampler = "vllm"
+max_new_tokens = 20
+batch = 64
+vllm = { cache_gib = 0.05 }
+
+[rl.grpo]
+steps = 4
+minibatch = 24
+batch = { prompts = 12, keep_prompts = 4, rollouts = 8 }
+optim = { lr = 3e-3 }
+"""
+OWN = {"seconds", "peak_memory_mb"}  # of a process, not of what it computes
+
+
+class Runs:
+    def __init__(self, folder: Path):
+        self.folder, self.config = folder, folder / "tiny.toml"
+        self.config.write_text(CONFIG)
+
+    def does(self, phase: str, run: str, *more: str) -> int:
+        return main(["--traceback", phase, str(self.config), "--run", str(self.folder / run), *more])
+
+    def lines(self, run: str, phase: str) -> list[dict]:
+        rows = (self.folder / run / phase / "metrics.jsonl").read_text().splitlines()
+        return [{key: value for key, value in json.loads(row).items() if key not in OWN} for row in rows]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory) -> Runs:
+    """Run a: everything without an interruption."""
+    made = Runs(tmp_path_factory.mktemp("runs"))
+    for phase in ("sft", "rl", "eval"):
+        assert made.does(phase, "a") == 0
+    return made
+
+
+def test_the_start_can_do_something(runs):
+    """Fine-tuning ended early because the engine's answers, of weights that it got on the way, were right."""
+    checks = [line["accuracy"] for line in runs.lines("a", "sft") if "accuracy" in line]
+    assert checks[-1] >= 0.05
+    assert len(runs.lines("a", "sft")) < 60
+
+
+def test_the_policy_moves_and_every_step_says_how_far_sampler_and_trainer_are_apart(runs):
+    lines = runs.lines("a", "rl/grpo")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        assert line["grad_norm"] > 0
+        assert line["mismatch"] < 1e-5
+        assert line["mismatch_max"] < 1e-4
+        assert line["mismatch_ess"] == pytest.approx(1, abs=1e-5)
+        assert line["mismatch_ratio_max"] == pytest.approx(1, abs=1e-4)
+        assert line["corrected"] == 0
+    start, end = (load_file(runs.folder / "a" / name / "model.safetensors") for name in ("sft/model", "rl/grpo/model"))
+    assert all((start[name] - end[name]).abs().max() > 1e-3 for name in start)
+
+
+def test_the_configuration_that_is_kept_says_what_corrects(runs):
+    kept = json.loads((runs.folder / "a" / "config.json").read_text())
+    assert kept["rl"]["grpo"]["correction"] == {"level": "token", "mode": "cap", "limit": 2.0}
+
+
+def test_every_policy_is_evaluated_by_the_engine(runs):
+    found = json.loads((runs.folder / "a" / "eval" / "results.json").read_text())
+    assert {"start", "grpo"} <= found["policies"].keys()
+
+
+def test_a_run_that_is_cut_off_goes_on_to_the_same_numbers(runs, monkeypatch):
+    log = MetricsLog.log
+
+    def ends_after_three(self, step, **numbers):
+        log(self, step, **numbers)
+        if step == 3:
+            raise RuntimeError("cut off")
+
+    assert runs.does("sft", "b") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "log", ends_after_three)
+        with pytest.raises(RuntimeError, match="cut off"):
+            runs.does("rl", "b")
+    assert (runs.folder / "b/rl/grpo/step-0000002").is_dir()
+    assert runs.does("rl", "b", "--resume") == 0
+    assert runs.lines("b", "rl/grpo") == runs.lines("a", "rl/grpo")
+    whole, resumed = (load_file(runs.folder / run / "rl/grpo/model/model.safetensors") for run in "ab")
+    assert all(whole[name].equal(resumed[name]) for name in whole)
+
+
+def test_adapters_are_served_as_adapters(runs, monkeypatch):
+    handed = []
+    hand = VllmSampler._hand_adapter
+    monkeypatch.setattr(VllmSampler, "_hand_adapter", lambda self, model: handed.append(1) or hand(self, model))
+    lora = ["model.lora.rank=4", "model.lora.alpha=8", "sft.optim.lr=3e-2", "sft.steps=80", "rl.grpo.steps=2"]
+    assert runs.does("sft", "c", *lora) == 0
+    before = len(handed)
+    assert runs.does("rl", "c", *lora) == 0
+    assert len(handed) - before == 1 + 1 + 2  # at the start, when the phase begins, after every step
+    lines = runs.lines("c", "rl/grpo")
+    assert len(lines) == 2
+    assert all(line["mismatch"] < 1e-5 and line["grad_norm"] > 0 for line in lines)
+    assert lines[0]["accuracy"] != lines[1]["accuracy"] or lines[0]["response_length"] != lines[1]["response_length"]
+
+
+def test_the_engines_end_ends_the_run_with_its_words(runs, monkeypatch, capsys):
+    """An engine that dies while it samples: the command says what it said, and a checkpoint stays."""
+    sample = VllmSampler.sample
+
+    def dies(self, prompts, drawing):
+        self.engine.ask(lambda worker: setattr(worker.model_runner, "model", None))
+        return sample(self, prompts, drawing)
+
+    assert runs.does("sft", "d") == 0
+    monkeypatch.setattr(VllmSampler, "sample", dies)
+    assert main(["rl", str(runs.config), "--run", str(runs.folder / "d")]) == 2
+    assert "ipvrm rl: vLLM's engine could not sample: " in capsys.readouterr().err
