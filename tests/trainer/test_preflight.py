@@ -2,6 +2,7 @@
 
 import json
 import time
+from importlib.util import find_spec
 
 import pytest
 
@@ -13,6 +14,15 @@ from ipvrm_core.trainer.preflight import preflight
 from ipvrm_core.trainer.text import encode_prompt, template
 
 # ---- the configuration
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_a_sampler_that_is_not_installed(tiny_config, tmp_path):
+    config = tiny_config(generation={"sampler": "vllm"})
+    with pytest.raises(
+        ConfigError, match=r"generation.sampler = 'vllm' needs the package vllm.*ipvrm-core\[vllm-cpu\]"
+    ):
+        preflight(config, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["-rf", "a" * 255, "../../x", ".", "..", "a/b", "a b", "ü", "a\n", "_x"])

@@ -150,13 +150,9 @@ def _import():
     """vLLM, with what must be said to it before it is imported or starts."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")  # the threads are the trainer's too
-    quiet = os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING") == "WARNING"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")  # its warnings are dozens a start
     import vllm
-    import vllm.logger
 
-    if quiet:  # its warnings are dozens a start; they are kept as last words
-        for handler in logging.getLogger("vllm").handlers:
-            handler.setLevel(logging.ERROR)
     if not torch.cuda.is_available():
         # oneDNN computes with a packed copy of a linear's weight. Of a head that is tied to the embedding a reload
         # leaves the old copy in place, without a word.
@@ -183,7 +179,7 @@ def _left_as_it_was() -> Iterator[None]:
 
 @contextmanager
 def _last_words(lines: int = 6) -> Iterator[deque[str]]:
-    """The last warnings and errors of vLLM's log."""
+    """The last lines of vLLM's log that are warnings or worse, as far as VLLM_LOGGING_LEVEL lets them through."""
     said: deque[str] = deque(maxlen=lines)
 
     class Keep(logging.Handler):

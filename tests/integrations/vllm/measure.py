@@ -45,8 +45,8 @@ def main(path: str, dtype: str = "float32") -> None:
         ours_N = policy.logprobs([Answer(sample.prompt_ids, sample.response_ids) for sample in made]).float()
         apart_N = (ours_N - torch.tensor([value for sample in made for value in sample.logprobs])).abs()
         print(
-            f"{name}: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second; log-probs {apart_N.mean():.2e} "
-            f"from the trainer's in the mean, {apart_N.max():.2e} at most",
+            f"{name}: {tokens} tokens in {seconds:.2f} s, {tokens / seconds:.0f} a second; log-probs "
+            f"{apart_N.mean():.2e} from the trainer's in the mean, {apart_N.max():.2e} at most",
             flush=True,
         )
     engine.close()
