@@ -47,7 +47,7 @@ class Vllm(Section):
 
     cache_gib: PositiveFloat = Field(4.0, description="memory for keys and values, besides that of its weights")
     context: Positive | None = Field(
-        None, description="tokens of prompt and answer together; None: all that the model has positions for"
+        None, description="tokens of prompt and answer together; None: the model's positions, or what the cache holds"
     )
     dtype: Literal["float32", "bfloat16"] | None = Field(
         None, description="of its weights; None: bfloat16 where the policy's layers compute in it, else float32"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -36,11 +36,18 @@ def check_installed() -> None:
 
 
 class Engine:
-    """One `vllm.LLM`. What it raises becomes an EngineError; after the first one it is dead."""
+    """One `vllm.LLM`. What it raises becomes an EngineError; after the first one it is dead.
 
-    def __init__(self, model: nn.Module, settings: Vllm, dtype: str, *, batch: int, context: int, lora_rank: int = 0):
+    One at a time in a process: when it ends, vLLM takes down what all engines of the process stand on.
+    """
+
+    running: ClassVar[bool] = False
+
+    def __init__(self, model: nn.Module, settings: Vllm, dtype: str, *, batch: int, lora_rank: int = 0):
         """Of the architecture of `model` (no PEFT around it), with random weights. lora_rank 0: without adapters."""
         check_installed()
+        if Engine.running:
+            raise EngineError("vLLM's engine is one at a time in a process: close the other sampler first")
         self.llm, self.error = None, None
         self.on_gpu = torch.cuda.is_available()
         # The share of the GPU is nothing but a demand on what is free at the start, once the cache has a size.
@@ -66,13 +73,19 @@ class Engine:
                 skip_tokenizer_init=True,
                 generation_config="vllm",  # not the model's own: what is drawn is what was asked for
                 dtype=dtype,
-                max_model_len=context,
+                max_model_len=settings.context or -1,  # -1: all positions, or as many as the cache can hold
                 max_num_seqs=batch,
                 kv_cache_memory_bytes=int(settings.cache_gib * 2**30),
                 logprobs_mode="processed_logprobs",  # at the sampling temperature, which the loss divides by
                 seed=0,
                 **options,
             )
+        Engine.running = True
+
+    @property
+    def context(self) -> int:
+        """Tokens of prompt and answer together."""
+        return self.llm.llm_engine.vllm_config.model_config.max_model_len
 
     @contextmanager
     def _asked(self, what: str) -> Iterator[None]:
@@ -138,12 +151,11 @@ class Engine:
     def close(self) -> None:
         if self.llm is None:
             return
-        self.llm.llm_engine.engine_core.shutdown()
-        self.llm, self.error = None, self.error or "it was closed"
-        from vllm.distributed import cleanup_dist_env_and_memory
-
+        llm, self.llm, self.error = self.llm, None, self.error or "it was closed"
+        Engine.running = False
+        llm.llm_engine.engine_core.shutdown()
+        del llm
         gc.collect()
-        cleanup_dist_env_and_memory()
 
 
 def _import():

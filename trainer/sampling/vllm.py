@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ipvrm_core.heads import causal_lm
-from ipvrm_core.trainer.config import ConfigError, Vllm
+from ipvrm_core.trainer.config import Vllm
 from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.sampling.base import Drawing, Sample, eos_ids
 from ipvrm_core.trainer.sampling.engine import Engine
@@ -29,17 +29,14 @@ class VllmSampler:
     def __init__(self, policy: LanguageModel, tokenizer, settings: Vllm, *, batch: int, dtype: str):
         self.tokenizer, self.settings, self.dtype = tokenizer, settings, settings.dtype or dtype
         model = causal_lm(policy.model)
-        context = settings.context or policy.positions
-        if context is None:
-            raise ConfigError("generation.vllm.context must be set: the model does not say how many positions it has")
-        self.context = min(context, policy.positions or context)
         self.adapted = model is not policy.model and settings.lora == "adapter"
         rank = max(config.r for config in policy.model.peft_config.values()) if self.adapted else 0
         self.ends = eos_ids(model, tokenizer)
         self.base: nn.Module | None = None  # whose base weights the engine has
         self.adapter, self.folder = None, None
         self.awake = True
-        self.engine = Engine(model, settings, self.dtype, batch=batch, context=self.context, lora_rank=rank)
+        self.engine = Engine(model, settings, self.dtype, batch=batch, lora_rank=rank)
+        self.context, self.positions = self.engine.context, policy.positions
         try:
             self.sync(policy)
         except BaseException:
@@ -90,7 +87,7 @@ class VllmSampler:
         """
         from vllm import SamplingParams
 
-        self._check_lengths(prompts)
+        self._check_lengths(max(map(len, prompts)), drawing.max_new_tokens)
         greedy = drawing.temperature == 0
         count = 1 if greedy else drawing.samples
         parameters = [
@@ -117,11 +114,12 @@ class VllmSampler:
                 made.append(Sample(list(prompt), ids, logprobs, output.finish_reason == "stop"))
         return made
 
-    def _check_lengths(self, prompts: Sequence[list[int]]) -> None:
-        longest = max(map(len, prompts))
-        if longest >= self.context:
+    def _check_lengths(self, longest: int, new_tokens: int) -> None:
+        """ValueError for prompts that leave no position, or fewer than were asked for where the cache is why."""
+        if longest >= self.context or (self.context != self.positions and longest + new_tokens > self.context):
             raise ValueError(
-                f"prompts must be shorter than the engine's {self.context} positions; got {longest} tokens"
+                f"the engine has {self.context} positions (generation.vllm.context, or what cache_gib holds); "
+                f"got a prompt of {longest} tokens and max_new_tokens = {new_tokens}"
             )
 
     def _with_raw_logprobs(self, samples: list[Sample]) -> list[Sample]:

@@ -25,11 +25,12 @@ def prompts(count: int = 8) -> list[list[int]]:
     return [torch.randint(2, len(TOKENIZER), (length,), generator=generator).tolist() for length in lengths]
 
 
-def policy(name: str, temperature: float = 1.0) -> LanguageModel:
+def policy(name: str, temperature: float = 1.0, **sizes) -> LanguageModel:
     """ "tied" is a Qwen3, "untied" a Llama; "-lora" behind it: with adapters that do something."""
     torch.manual_seed(len(name))
     head, _, lora = name.partition("-")
-    model = build_scratch(Scratch(architecture={"tied": "qwen3", "untied": "llama"}[head], **SIZES), TOKENIZER)
+    kind = {"tied": "qwen3", "untied": "llama"}[head]
+    model = build_scratch(Scratch(architecture=kind, **{**SIZES, **sizes}), TOKENIZER)
     if head == "untied":
         config = copy.deepcopy(model.config)
         config.tie_word_embeddings = False

@@ -7,8 +7,6 @@ import torch
 
 from ipvrm_core.heads import causal_lm
 from ipvrm_core.trainer.sampling import engine as engine_module
-from ipvrm_core.trainer.sampling.base import Drawing
-from ipvrm_core.trainer.sampling.engine import EngineError
 from ipvrm_core.trainer.sampling.probe import ProbeError
 from tests.integrations.vllm import cases
 
@@ -99,40 +97,6 @@ def test_the_tolerance_is_a_setting(sampler_of):
         sampler_of(policy, dtype="bfloat16", tolerance=1e-9)
 
 
-def test_the_engines_death_is_told_with_its_last_words(sampler_of):
-    """Its embedding loses its rows: the next forward inside the engine fails."""
-    sampler = sampler_of(cases.policy("untied"))
-
-    def wound(worker):
-        embedding = worker.model_runner.model.model.embed_tokens
-        embedding.weight = torch.nn.Parameter(torch.zeros(1, 1), requires_grad=False)
-
-    sampler.engine.ask(wound)
-    with pytest.raises(EngineError, match=r"vLLM's engine could not sample: \w+Error: .+") as caught:
-        drawn(sampler)
-    assert caught.value.__cause__ is not None
-    with pytest.raises(EngineError, match=r"vLLM's engine is dead: \w+Error: "):
-        drawn(sampler)
-
-
-def test_an_architecture_that_vllm_does_not_have_is_refused_by_name(sampler_of):
-    policy = cases.policy("untied")
-
-    class OwnForCausalLM(type(policy.model)):
-        pass
-
-    policy.model.__class__ = OwnForCausalLM
-    with pytest.raises(EngineError, match=r"(?s)could not start with OwnForCausalLM: .*OwnForCausalLM'\] are not supp"):
-        sampler_of(policy)
-
-
-def test_a_rank_that_vllm_does_not_take_is_refused(sampler_of):
-    policy = cases.policy("tied-lora")
-    policy.model.peft_config["default"].r = 1000
-    with pytest.raises(EngineError, match=r"(?s)could not start with Qwen3ForCausalLM: .*max_lora_rank"):
-        sampler_of(policy)
-
-
 def test_the_trap_of_the_tied_head(monkeypatch):
     """With oneDNN's packed copies vLLM keeps the old head: why they are switched off, and the probe sees it."""
     import vllm._custom_ops as ops
@@ -147,13 +111,3 @@ def test_the_trap_of_the_tied_head(monkeypatch):
     monkeypatch.setattr(engine_module, "_import", packed)
     with pytest.raises(ProbeError, match="computes with a packed copy"):
         cases.sampler(cases.policy("tied"))
-
-
-def test_two_engines_one_after_the_other(sampler_of):
-    policy = cases.policy("tied")
-    first = sampler_of(policy)
-    answers = first.sample(PROMPTS, Drawing(1, 0.0, max_new_tokens=8))
-    first.close()
-    assert sampler_of(policy).sample(PROMPTS, Drawing(1, 0.0, max_new_tokens=8)) == answers
-    with pytest.raises(EngineError, match="is dead: it was closed"):
-        first.sample(PROMPTS, cases.GREEDY)
