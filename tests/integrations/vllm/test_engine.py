@@ -24,6 +24,7 @@ def test_the_positions_are_those_of_the_model_or_what_the_cache_holds(sampler_of
     assert 1024 <= made.context <= 2097
     with pytest.raises(ValueError, match=r"what cache_gib holds\); got a prompt of 8 tokens and max_new_tokens = 3000"):
         made.sample([[5] * 8], Drawing(max_new_tokens=3000))
+    made.close()
     assert sampler_of(large, cache_gib=0.01).context == large.positions == 4096
 
 

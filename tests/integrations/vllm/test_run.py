@@ -121,18 +121,22 @@ def test_a_run_that_is_cut_off_goes_on_to_the_same_numbers(runs, monkeypatch):
 
 
 def test_adapters_are_served_as_adapters(runs, monkeypatch):
+    """Adapters on the start that run a has made."""
     handed = []
     hand = VllmSampler._hand_adapter
     monkeypatch.setattr(VllmSampler, "_hand_adapter", lambda self, model: handed.append(1) or hand(self, model))
-    lora = ["model.lora.rank=4", "model.lora.alpha=8", "sft.optim.lr=3e-2", "sft.steps=80", "rl.grpo.steps=2"]
-    assert runs.does("sft", "c", *lora) == 0
-    before = len(handed)
-    assert runs.does("rl", "c", *lora) == 0
-    assert len(handed) - before == 1 + 1 + 2  # at the start, when the phase begins, after every step
+    model = f'model = {{ path = "{runs.folder}/a/sft/model", lora = {{ rank = 4, alpha = 8.0 }} }}\n'
+    kept = [line for line in CONFIG.splitlines() if not line.startswith(("model.", "sft "))]
+    path = runs.folder / "adapters.toml"
+    path.write_text(model + "\n".join(kept).replace("lr = 5e-4", "lr = 1e-2").replace("steps = 4", "steps = 3"))
+    assert main(["--traceback", "rl", str(path), "--run", str(runs.folder / "c")]) == 0
+    assert len(handed) == 1 + 1 + 3  # at the start, when the phase begins, after every step
     lines = runs.lines("c", "rl/grpo")
-    assert len(lines) == 2
+    assert len(lines) == 3
     assert all(line["mismatch"] < 1e-5 and line["grad_norm"] > 0 for line in lines)
-    assert lines[0]["accuracy"] != lines[1]["accuracy"] or lines[0]["response_length"] != lines[1]["response_length"]
+    start, end = (load_file(runs.folder / name / "model.safetensors") for name in ("a/sft/model", "c/rl/grpo/model"))
+    moved = {name for name in start if (start[name] - end[name]).abs().max() > 1e-4}
+    assert moved == {name for name in start if "_proj." in name}
 
 
 def test_the_engines_end_ends_the_run_with_its_words(runs, monkeypatch, capsys):
