@@ -1,5 +1,6 @@
 """Answers by vLLM, in this process: the policy's weights are handed over after every update, and a probe compares."""
 
+import math
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -123,11 +124,13 @@ class VllmSampler:
             )
 
     def _with_raw_logprobs(self, samples: list[Sample]) -> list[Sample]:
-        """The same answers with log-probs of the full distribution, by a pass over them as prompts."""
+        """The same answers with log-probs of the full distribution, by a pass over them as prompts.
+
+        An answer that fills all positions leaves none for the token that a request must make: its last one is nan.
+        """
         from vllm import SamplingParams
 
         whole = [sample.prompt_ids + sample.response_ids for sample in samples]
-        # An answer that fills the positions leaves none for the token that a request must generate.
         fits = [ids[: self.context - 1] for ids in whole]
         parameters = [SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False)] * len(fits)
         made = []
@@ -136,8 +139,8 @@ class VllmSampler:
         ):
             start = len(sample.prompt_ids)
             raw = [found[ids[t]].logprob for t, found in enumerate(request.prompt_logprobs) if t >= start]
-            missing = sample.logprobs[len(raw) :]
-            made.append(Sample(sample.prompt_ids, sample.response_ids, raw + missing, sample.finished))
+            raw += [math.nan] * (len(sample.response_ids) - len(raw))
+            made.append(Sample(sample.prompt_ids, sample.response_ids, raw, sample.finished))
         return made
 
     def _hand_adapter(self, model: nn.Module) -> None:

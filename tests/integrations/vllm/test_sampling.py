@@ -100,6 +100,15 @@ def test_top_p_cuts_the_tail_and_log_probs_stay_those_of_the_full_distribution(s
             assert p_V[p_V > p_V[token] + 1e-6].sum() < 0.5 + 1e-4
 
 
+def test_what_is_not_known_is_no_number(sampler):
+    """The log-prob of the last token that the model has a position for, where a tail was cut."""
+    torch.manual_seed(1)
+    filled = [one for one in sampler.sample([[5] * 92], Drawing(16, 1.0, 0.9, 16)) if len(one.response_ids) == 4]
+    assert filled
+    assert all([value != value for value in one.logprobs] == [False] * 3 + [True] for one in filled if not one.finished)
+    assert not all(one.finished for one in filled)
+
+
 def test_a_prompt_without_room_for_an_answer_is_refused(sampler):
     with pytest.raises(ValueError, match=r"the engine has 96 positions .* got a prompt of 96 tokens"):
         sampler.sample([[5] * 96], cases.GREEDY)
