@@ -1,7 +1,6 @@
 """verl's FSDP2 engine with DistRL: candidates, TD errors and loss are those of full logits; on two processes too."""
 
 import json
-from functools import partial
 
 import pytest
 import torch
@@ -15,8 +14,9 @@ from verl_steps import (
     expected_step,
     infer,
     logits,
-    one_step,
     rank_main,
+    reward_settings,
+    reward_step,
     rows_of,
     start,
     step,
@@ -25,8 +25,6 @@ from verl_steps import (
 
 import ipvrm_core as ic
 from ipvrm_core import objectives
-from ipvrm_core.integrations.verl.credit import reward_fields, reward_loss
-from ipvrm_core.integrations.verl.settings import DistRL
 from ipvrm_core.objectives import RewardBatch
 
 
@@ -42,7 +40,8 @@ def engines(process_group, models):
     return cases.engine(models["policy"]), cases.engine(models["reward"])
 
 
-def test_candidates_and_td_errors_are_those_of_full_logits(engines, models):
+@pytest.mark.parametrize("reference", [True, False])
+def test_candidates_and_td_errors_are_those_of_full_logits(engines, models, reference):
     data = cases.batch()
     rows = rows_of(data)
     found = infer(engines[0], data, CANDIDATES)
@@ -55,8 +54,8 @@ def test_candidates_and_td_errors_are_those_of_full_logits(engines, models):
     assert (found["distrl_ids"].values()[~rows.mask_R] == -1).all()
 
     data["distrl_ids"], data["distrl_old"] = found["distrl_ids"], found["distrl_old"]
-    delta = rows.packed(infer(engines[1], data, TD_ERRORS)["distrl_delta"])
-    slots = expected.ids_NS, expected.logprobs_NS
+    delta = rows.packed(infer(engines[1], data, {**TD_ERRORS, "reference": reference})["distrl_delta"])
+    slots = expected.ids_NS, expected.logprobs_NS * reference
     theirs = ic.td_errors_from_logits(
         logits(models["reward"], data)[0], *slots, 2.0, temperature=cases.T, backend="reference"
     )
@@ -83,12 +82,9 @@ def test_without_distrl_it_is_verls_own_engine(process_group, models):
 
 @pytest.mark.parametrize("name", ["ipvrm", "implicit_prm", "prime"])
 def test_the_reward_models_loss_is_the_objectives(engines, models, name):
-    data, settings = cases.batch(), DistRL(reward_model="x", objective=name, online="before")
-    objective, rewards = settings.reward_objective(), torch.as_tensor(cases.REWARDS).float()
+    data, objective = cases.batch(), reward_settings(name).reward_objective()
     assert isinstance(objective, objectives.find(name))
-    for key, value in reward_fields(settings, objective, rewards, cases.uids()).items():
-        data[key] = value
-    taken = one_step(engines[1], data, partial(reward_loss, objective=objective))
+    taken, rewards = reward_step(engines[1], data, name), torch.as_tensor(cases.REWARDS).float()
     found, model = logits(models["reward"], data, grad=True)
     rows = rows_of(data)
     score = (found / cases.T).log_softmax(-1).gather(1, rows.tokens_N[:, None])[:, 0]
@@ -110,7 +106,7 @@ def test_two_processes_do_what_one_does(engines, models, tmp_path):
     run_ranks(rank_main, models, file)
     ids = infer(engines[0], cases.batch(), CANDIDATES)["distrl_ids"].values()
     assert torch.load(file.with_suffix(".pt")).equal(ids)
-    for mode, norm in json.loads(file.read_text()).items():
-        assert norm == pytest.approx(
-            step(engines[0], with_slots(cases.batch(), *engines), mode, 0.7)["grad_norm"], rel=2e-6
-        )
+    data = with_slots(cases.batch(), *engines)
+    alone = {mode: step(engines[0], data, mode, 0.7)["grad_norm"] for mode in MODES}
+    alone["reward model"] = reward_step(engines[1], data, "ipvrm")["grad_norm"]
+    assert json.loads(file.read_text()) == pytest.approx(alone, rel=2e-6)

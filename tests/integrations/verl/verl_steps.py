@@ -13,7 +13,9 @@ from verl.utils import tensordict_utils as tu
 from verl.workers.config import FSDPActorConfig
 from verl.workers.utils.losses import ppo_loss
 
+from ipvrm_core.integrations.verl.credit import reward_fields, reward_loss
 from ipvrm_core.integrations.verl.rows import Rows
+from ipvrm_core.integrations.verl.settings import DistRL
 from ipvrm_core.reference.policy_loss import ppo_terms
 
 MODES = ("token-mean", "seq-mean-token-mean", "seq-mean-token-sum")
@@ -106,6 +108,19 @@ def step(engine, data, mode: str, alpha: float) -> dict:
     return found
 
 
+def reward_settings(objective: str) -> DistRL:
+    return DistRL(reward_model="x", objective=objective, online="before")
+
+
+def reward_step(engine, data, objective_name: str, own: slice = slice(None)) -> dict:
+    """The reward model's, on the answers `own` of the batch."""
+    settings = reward_settings(objective_name)
+    objective, rewards = settings.reward_objective(), torch.as_tensor(cases.REWARDS).float()
+    for key, value in reward_fields(settings, objective, rewards, cases.uids()).items():
+        data[key] = value[own]
+    return one_step(engine, data, partial(reward_loss, objective=objective))
+
+
 def one_step(engine, data, loss_function) -> dict:
     """Loss and gradient norm of an optimizer step; the weights are put back."""
     before = [parameter.detach().clone() for parameter in engine.module.parameters()]
@@ -124,9 +139,11 @@ def rank_main(rank: int, models, file: Path) -> None:
     dist.init_process_group("gloo")
     policy, reward_model = (cases.engine(models[name], 2) for name in ("policy", "reward"))
     assert all(isinstance(parameter, DTensor) for parameter in policy.module.parameters())
-    data = cases.batch(slice(4 * rank, 4 * rank + 4))
+    own = slice(4 * rank, 4 * rank + 4)
+    data = cases.batch(own)
     whole = with_slots(data, policy, reward_model)
     found = {mode: step(policy, whole, mode, 0.7)["grad_norm"] for mode in MODES}
+    found["reward model"] = reward_step(reward_model, data, "ipvrm", own)["grad_norm"]
     assert all(found.values())
     ids = [None, None]
     dist.all_gather_object(ids, infer(policy, data, CANDIDATES)["distrl_ids"].values())
