@@ -6,9 +6,11 @@ import pytest
 import torch
 import verl_cases as cases
 from omegaconf import OmegaConf
+from verl.trainer.ppo.core_algos import agg_loss
 
 import ipvrm_core as ic
 from ipvrm_core.integrations.verl.credit import credited, reward_fields
+from ipvrm_core.integrations.verl.engine import row_weights
 from ipvrm_core.integrations.verl.rows import Rows
 from ipvrm_core.integrations.verl.settings import DistRL
 from ipvrm_core.integrations.verl.trainer import check
@@ -111,3 +113,23 @@ def test_padded_batches_are_refused():
     data = cases.batch()
     with pytest.raises(ValueError, match="must be nested"):
         Rows.of(data["input_ids"].to_padded_tensor(0), data["response_mask"])
+
+
+@pytest.mark.parametrize(
+    ("mode", "scale"),
+    [
+        ("token-mean", None),
+        ("token-sum", None),
+        ("seq-mean-token-mean", None),
+        ("seq-mean-token-sum", None),
+        ("seq-mean-token-sum-norm", None),
+        ("seq-mean-token-sum-norm", 100),
+    ],
+)
+def test_the_weights_of_rows_are_the_derivatives_of_verls_aggregation(mode, scale):
+    data = cases.batch()
+    rows, mask_BR = Rows.of(data["input_ids"], data["response_mask"]), data["response_mask"].to_padded_tensor(0).float()
+    given = {"dp_size": 2, "batch_num_tokens": 77, "global_batch_size": 5}
+    losses_BR = torch.zeros_like(mask_BR, requires_grad=True)
+    agg_loss(losses_BR, mask_BR, mode, loss_scale_factor=scale, **given).backward()
+    torch.testing.assert_close(row_weights(rows, mode, scale, given), losses_BR.grad[mask_BR.bool()])
