@@ -88,6 +88,7 @@ def keep_moments_on(optimizer: torch.optim.Optimizer, device: torch.device) -> N
             moved = {key: value.to(place(parameter)) for key, value in entry.items() if value.dim()}
             entry.update(moved)  # the number of steps is a scalar, and stays where torch has it
 
+    optimizer.moments_on = device
     optimizer.register_step_pre_hook(lambda *_: move(lambda parameter: parameter.device))
     optimizer.register_step_post_hook(lambda *_: move(lambda _: device))
 

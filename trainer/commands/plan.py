@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-GIB = 2**30
+GIB, MIB = 2**30, 2**20
 GPUS = {  # GiB that torch sees of the card
     "A10": 22.1,
     "A100-40": 39.4,
@@ -36,6 +36,7 @@ def add(commands, raw) -> None:
     room.add_argument("--gpu", help=f"does it fit on this one: {', '.join(GPUS)}")
     room.add_argument("--memory", type=float, metavar="GIB", help="does it fit in so much memory of a GPU")
     sub.add_argument("--prompt-tokens", type=int, metavar="N", help="of the longest prompt, in place of the data")
+    sub.add_argument("--phase", nargs="+", default=[], metavar="NAME", help="these alone, e.g. sft rl.distrl")
     sub.add_argument("--measure", action="store_true", help="make every pass here too, with random weights")
     sub.add_argument("--json", type=Path, metavar="FILE", help="also write it all there")
     sub.set_defaults(function=run)
@@ -50,6 +51,7 @@ def run(options) -> None:
     from ipvrm_core.trainer.files import write_json
     from ipvrm_core.trainer.plan.estimate import STEP, estimate
     from ipvrm_core.trainer.plan.measure import measure
+    from ipvrm_core.trainer.plan.passes import phases
     from ipvrm_core.trainer.plan.sizes import longest
     from ipvrm_core.trainer.preflight import tokenizer_of
 
@@ -60,7 +62,10 @@ def run(options) -> None:
     tokenizer = tokenizer_of(config)
     sizes = longest(config, tokenizer, options.prompt_tokens)
     cuda = bool(options.gpu or options.memory) or (torch.cuda.is_available() and config.device != "cpu")
-    peaks = list(estimate(config, tokenizer, sizes, torch.device("cuda" if cuda else "cpu")))
+    known = list(phases(config, sizes))
+    if strange := [name for name in options.phase if name not in known]:
+        raise ConfigError(f"--phase must be some of {', '.join(known)}; got {', '.join(strange)}")
+    peaks = estimate(config, tokenizer, sizes, torch.device("cuda" if cuda else "cpu"), options.phase)
     measured = {}
     if options.measure:
         with tempfile.TemporaryDirectory() as folder:
@@ -82,13 +87,13 @@ def run(options) -> None:
 
 
 def table(peaks, measured) -> str:
-    """A line for each pass, in GiB."""
+    """A line for each pass, in MiB."""
     parts = list(peaks[0].parts)
     lines = [[*("phase", "pass"), *parts, "together", *(["measured", "ratio"] if measured else [])]]
     for peak in peaks:
-        line = [peak.phase, peak.name, *(f"{peak.parts[part] / GIB:.2f}" for part in parts), f"{peak.total / GIB:.2f}"]
+        line = [peak.phase, peak.name, *(f"{size / MIB:,.0f}" for size in (*peak.parts.values(), peak.total))]
         if found := measured.get((peak.phase, peak.name)):
-            line += [f"{found / GIB:.2f}", f"{peak.total / found:.2f}"]
+            line += [f"{found / MIB:,.0f}", f"{peak.total / found:.3f}"]
         lines.append(line + [""] * (len(lines[0]) - len(line)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     sides = [str.ljust] * 2 + [str.rjust] * (len(widths) - 2)
@@ -99,10 +104,11 @@ def table(peaks, measured) -> str:
 def verdict(peaks, room: float | None) -> str:
     """Whether it fits, where that was asked, and what is largest."""
     worst = max(peaks, key=lambda peak: peak.total)
-    said = f"GiB. The most: {worst.total / GIB:.2f} in {worst.phase}, {worst.name}; its largest part: {worst.largest}."
+    most = f"{worst.total / GIB:.2f} GiB in {worst.phase}, {worst.name}"
+    said = f"MiB. The most: {most}; its largest part: {worst.largest}."
     if room is None:
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / GIB
-        return f"{said} This machine has {memory:.1f}; the packages themselves take about half a GiB of it."
+        return f"{said} This machine has {memory:.1f} GiB; the packages themselves take about half a GiB of it."
     needed = worst.total / GIB + CONTEXT
     fits = "fits" if needed <= room else "does NOT fit"
-    return f"{said} With {CONTEXT} for CUDA itself (assumed) that is {needed:.2f}: it {fits} in {room:g}."
+    return f"{said} With {CONTEXT} for CUDA itself (assumed) that is {needed:.2f} GiB: it {fits} in {room:g}."

@@ -30,13 +30,12 @@ class Blank(Experiment):
         return Text(self.tokenizer, self.config.model.system_prompt)
 
     def base_model(self) -> LanguageModel:
-        return self.language_model(self._made())
-
-    start_policy = base_model
+        scratch = self.config.model.scratch is not None  # begins in float32
+        return self.language_model(self._made(torch.float32 if scratch else self._dtype))
 
     def load(self, folder: Path) -> LanguageModel:
-        model = self._made()
-        if self._scores_values(folder):
+        model = self._made(self._dtype)
+        if folder.parent.name in self.config.rm and self._scores_values(folder):
             models.add_value_head(model)
         return self.language_model(model)
 
@@ -53,12 +52,21 @@ class Blank(Experiment):
         """Whether rm/<name>/... is a model with a value head."""
         return self.config.rm[folder.parent.name].build().head == "value"
 
-    def _made(self) -> nn.Module:
+    @property
+    def _dtype(self) -> torch.dtype:
+        return getattr(torch, self.config.model.dtype)
+
+    def _made(self, dtype: torch.dtype) -> nn.Module:
         settings = self.config.model
         if settings.scratch:
-            return models.build_scratch(settings.scratch, self.tokenizer)
+            usual = torch.get_default_dtype()
+            torch.set_default_dtype(dtype)
+            try:
+                return models.build_scratch(settings.scratch, self.tokenizer)
+            finally:
+                torch.set_default_dtype(usual)
         from transformers import AutoConfig, AutoModelForCausalLM
 
         extra = {"gguf_file": settings.gguf_file} if settings.gguf_file else {}
         config = AutoConfig.from_pretrained(settings.path, **extra)
-        return AutoModelForCausalLM.from_config(config, dtype=getattr(torch, settings.dtype))
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)

@@ -3,7 +3,7 @@
 Shape letters: B answers, L length.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ from ipvrm_core.heads import causal_lm
 from ipvrm_core.trainer.batching import TokenBatch
 from ipvrm_core.trainer.config import Config
 from ipvrm_core.trainer.plan.blank import Blank
-from ipvrm_core.trainer.plan.passes import Pass, Phase, Sizes, phases
+from ipvrm_core.trainer.plan.passes import Pass, Phase, Sizes, moved, phases
 from ipvrm_core.trainer.plan.tracker import HEAD, OTHER, Tracker
 from ipvrm_core.trainer.sampling.generate import _KeepLogprobs
 
@@ -41,23 +41,39 @@ class Peak:
         return max(self.parts, key=self.parts.__getitem__)
 
 
-def estimate(config: Config, tokenizer, sizes: dict[str, Sizes], device: torch.device) -> list[Peak]:
-    """The peaks of all passes of all phases, phase by phase. device: where it is to run; none need be here."""
-    peaks = []
-    for phase_name, make in phases(config, sizes).items():
-        with FakeTensorMode() as mode, Tracker(device) as tracker:
+def estimate(
+    config: Config, tokenizer, sizes: dict[str, Sizes], device: torch.device, only: Sequence[str] = ()
+) -> list[Peak]:
+    """The peaks of all passes of all phases, or of these. device: where they are to run; none need be here."""
+    peaks, makers = [], phases(config, sizes)
+    for phase_name, make in makers.items():
+        if only and phase_name not in only:
+            continue
+        with FakeTensorMode() as mode, Tracker(device) as tracker, _unmoved():
             phase = make(Blank(config, tokenizer, torch.device("cpu"), fake=True))
-            tracker.label("weights", phase.weights())
-            trained = phase.trained()
-            moments = [torch.empty_like(p, dtype=torch.float32) for p in trained for _ in range(2)]
-            copies = [p for p in trained if all(p is not weight for weight in phase.weights())]
-            tracker.label("optimiser", [*moments, *copies])
+            weights = phase.weights()
+            tracker.label("weights", weights)
+            moments = [
+                torch.empty_like(p) for o in phase.optimizers if _at_hand(o, device) for p in (*moved(o), *moved(o))
+            ]
+            tracker.label("optimiser", [*moments, *_copies(phase)])
             for name, each in phase.passes.items():
                 tracker.restart()
                 peaks.append(Peak(phase_name, name, _run(mode, tracker, phase, each)))
             if phase.optimizers:
                 peaks.append(Peak(phase_name, STEP, _step(phase, device)))
     return peaks
+
+
+@contextmanager
+def _unmoved() -> Iterator[None]:
+    """Fake modules are where they are: torch would swap their tensors, and cannot where something refers to them."""
+    to = nn.Module.to
+    nn.Module.to = lambda self, *_, **__: self
+    try:
+        yield
+    finally:
+        nn.Module.to = to
 
 
 def _run(mode: FakeTensorMode, tracker: Tracker, phase: Phase, each: Pass) -> dict[str, int]:
@@ -140,16 +156,25 @@ def _generate(tracker: Tracker, each: Pass) -> int:
 def _step(phase: Phase, device: torch.device) -> dict[str, int]:
     """Of the largest optimiser. AdamW's own need: on a GPU the roots of all second moments at once, elsewhere of one
     weight after the other, twice."""
-    steps = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in phase.optimizers]
-    stepped = max(steps, key=lambda parameters: sum(p.numel() for p in parameters))
-    moved = {id(p) for p in phase.trained()} - {id(p) for p in phase.weights()}
-    numbers, copies = sum(p.numel() for p in phase.trained()), sum(p.numel() for p in phase.trained() if id(p) in moved)
-    extra = sum(4 * p.numel() for p in stepped) if device.type == "cuda" else max(8 * p.numel() for p in stepped)
+    steps = max(phase.optimizers, key=lambda optimizer: sum(p.numel() for p in moved(optimizer)))
+    present = [optimizer for optimizer in phase.optimizers if optimizer is steps or _at_hand(optimizer, device)]
+    sizes = [4 * p.numel() for p in moved(steps)]
     return {
         "weights": sum(p.nbytes for p in phase.weights()),
-        "gradients": sum(4 * p.numel() for p in stepped),
-        "optimiser": 8 * numbers + 4 * copies,
-        OTHER: extra,
+        "gradients": sum(sizes),
+        "optimiser": sum(8 * p.numel() for o in present for p in moved(o)) + sum(p.nbytes for p in _copies(phase)),
+        OTHER: sum(sizes) if device.type == "cuda" else 2 * max(sizes),
         HEAD: 0,
         "KV cache": 0,
     }
+
+
+def _at_hand(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Whether its moments are on the device between steps."""
+    return device.type == "cpu" or not hasattr(optimizer, "moments_on")
+
+
+def _copies(phase: Phase) -> list[Tensor]:
+    """The float32 copies of weights with fewer bits."""
+    weights = {id(p) for p in phase.weights()}
+    return [p for optimizer in phase.optimizers for p in moved(optimizer) if id(p) not in weights]

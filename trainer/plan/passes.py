@@ -67,9 +67,10 @@ class Phase:
         """Each once, however many models share it."""
         return list({id(p): p for model in self.models for p in model.model.parameters()}.values())
 
-    def trained(self) -> list[nn.Parameter]:
-        """What the optimisers move: the weights, or the float32 copies of those with fewer bits."""
-        return [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+
+def moved(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """What it moves: weights, or the float32 copies of those with fewer bits."""
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 Makers = dict[str, Callable[[Blank], Phase]]
