@@ -160,7 +160,7 @@ def test_a_whole_reward_model_in_bfloat16(tiny_experiment, tmp_path, monkeypatch
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_moments_that_wait_on_the_cpu_change_nothing(tmp_path, dtype):
-    """Weights, moments and a checkpoint in the middle; the hooks are seen to move what they should, where they should."""
+    """Weights and moments, with a checkpoint in the middle."""
     found = []
     for offload in (False, True):
         optim = Optim(lr=1e-2, offload=offload)

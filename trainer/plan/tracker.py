@@ -44,7 +44,7 @@ class Tracker(TorchDispatchMode):
                 self._see(tensor, HEAD if ours else OTHER)
         if ours:
             given = dict(zip((argument.name for argument in function._schema.arguments), args, strict=False))
-            private = head_bytes(given["hidden"], given["weight"], self.device) if "hidden" in given else 0
+            private = head_bytes(given, self.device) if "hidden" in given else 0
             self._count(HEAD, private)
             self._count(HEAD, -private)
         return result
@@ -78,9 +78,11 @@ class Tracker(TorchDispatchMode):
             self.restart()
 
 
-def head_bytes(hidden_ND: Tensor, weight_VD: Tensor, device: torch.device) -> int:
-    """The private buffers of one call at the head (ipvrm_core/fused/head.py): logits, on a GPU with their gradient
-    apart, within the budget; on a CPU a float32 copy of a weight with fewer bits."""
-    N, V = hidden_ND.shape[0], weight_VD.shape[0]
-    upcast = 0 if weight_VD.dtype == torch.float32 or device.type == "cuda" else 4 * weight_VD.numel()
-    return min(default_buffer_bytes(device), N * V * (6 if device.type == "cuda" else 4)) + upcast
+def head_bytes(given: dict, device: torch.device) -> int:
+    """The private buffers of one call at the head, whose arguments are given (ipvrm_core/fused/head.py): logits, on a
+    GPU with their gradient apart, within the budget; on a CPU a float32 copy of a weight with fewer bits."""
+    N, (V, D) = given["hidden"].shape[0], given["weight"].shape
+    cuda = device.type == "cuda"
+    upcast = 4 * V * D if given["weight"].itemsize < 4 and not cuda else 0
+    budget = default_buffer_bytes(device) if cuda else given["max_buffer_bytes"]
+    return min(budget, N * V * (6 if cuda else 4)) + upcast
