@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 GIB, MIB = 2**30, 2**20
-GPUS = {  # GiB that torch sees of the card
+GPUS = {  # about what torch says the card has, in GiB
     "A10": 22.1,
     "A100-40": 39.4,
     "A100-80": 79.3,
