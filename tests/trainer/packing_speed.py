@@ -13,8 +13,8 @@ import sys
 import time
 from pathlib import Path
 
-MODEL = {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "num_key_value_heads": 4}
-SETTINGS = {"answers": 32, "max_tokens": 4096, "vocabulary": 32000, "rounds": 2, **MODEL}
+MODEL = {"hidden_size": 384, "num_hidden_layers": 4, "num_attention_heads": 6, "num_key_value_heads": 3}
+SETTINGS = {"answers": 24, "max_tokens": 4096, "vocabulary": 16000, "rounds": 2, **MODEL}
 
 
 def answers(count: int):
@@ -39,7 +39,7 @@ def run(packed: bool) -> dict:
 
     _first_step(torch.device("cpu"))
     torch.manual_seed(0)
-    sizes = {"vocab_size": SETTINGS["vocabulary"], "intermediate_size": 1536, "head_dim": 64}
+    sizes = {"vocab_size": SETTINGS["vocabulary"], "intermediate_size": 1152, "head_dim": 64}
     model = Qwen3ForCausalLM(Qwen3Config(**MODEL, **sizes)).train()
     if packed:
         can_pack(model)

@@ -36,7 +36,9 @@ def add(commands, raw) -> None:
     room.add_argument("--gpu", help=f"does it fit on this one: {', '.join(GPUS)}")
     room.add_argument("--memory", type=float, metavar="GIB", help="does it fit in so much memory of a GPU")
     sub.add_argument("--prompt-tokens", type=int, metavar="N", help="of the longest prompt, in place of the data")
-    sub.add_argument("--phase", nargs="+", default=[], metavar="NAME", help="these alone, e.g. sft rl.distrl")
+    sub.add_argument(
+        "--phase", action="append", default=[], metavar="NAME", help="this one alone, e.g. rl.distrl; more: again"
+    )
     sub.add_argument("--measure", action="store_true", help="make every pass here too, with random weights")
     sub.add_argument("--json", type=Path, metavar="FILE", help="also write it all there")
     sub.set_defaults(function=run)

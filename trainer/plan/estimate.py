@@ -77,6 +77,7 @@ def _unmoved() -> Iterator[None]:
 
 
 def _run(mode: FakeTensorMode, tracker: Tracker, phase: Phase, each: Pass) -> dict[str, int]:
+    each.model.train(each.kind == "train")
     if each.kind == "generate":
         cached = _generate(tracker, each)
         parts = {**tracker.peak, "KV cache": cached}
@@ -128,7 +129,6 @@ def _gradients(tracker: Tracker, phase: Phase, each: Pass) -> Iterator[None]:
 @torch.no_grad()
 def _generate(tracker: Tracker, each: Pass) -> int:
     """The prompts, and the last token with the whole cache; returns the bytes of that cache."""
-    each.model.eval()
     base, B, (P, T) = causal_lm(each.model.model), each.answers, each.sizes
 
     def forward(new: int, seen: int, cache=None):

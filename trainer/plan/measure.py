@@ -54,6 +54,7 @@ def _main(config_json: str, sizes_json: str, phase_name: str, pass_name: str) ->
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    phase.passes[pass_name].model.train(phase.passes[pass_name].kind == "train")
     _run(phase, phase.passes[pass_name], tokenizer)
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM") - before
     print(peak)
