@@ -236,6 +236,7 @@ def test_each_role_is_seen_with_its_own_adapter_and_mode(one, tiny_model):
     alone = LanguageModel(tiny_model()).logprobs(ANSWERS)
     seen = {name: LanguageModel(role.eval()).logprobs(ANSWERS) for name, role in zip("abn", one, strict=True)}
     assert torch.equal(seen["n"], alone)
+    assert [list(role.peft_config) for role in one] == [["first"], ["second"], []]
     assert len({tuple(values.tolist()) for values in seen.values()}) == 3
     a.train()
     assert causal_lm(a).training

@@ -117,6 +117,11 @@ class Role(nn.Module):
     def config(self):
         return self.shared.config
 
+    @property
+    def peft_config(self) -> dict:
+        """Of its own adapter alone."""
+        return {name: config for name, config in self.shared.peft_config.items() if name == self.adapter}
+
     def forward(self, *args, **kwargs):
         self.one.enter(self.adapter, self.training)
         return self.shared(*args, **kwargs)
