@@ -60,13 +60,19 @@ class Experiment(Run):
         return self.accelerator.device
 
     def language_model(self, model: nn.Module) -> LanguageModel:
-        """With the run's temperature, token budget and precision."""
+        """With the run's temperature, token budget, packing and precision."""
         return LanguageModel(
-            model.to(self.device),
+            self.prepared(model),
             temperature=self.config.generation.temperature,
             max_tokens=self.config.micro_batch_tokens,
+            packed=self.config.packing,
             autocast=self.accelerator.autocast,
         )
+
+    def prepared(self, model: nn.Module) -> nn.Module:
+        """On the device, and with an attention for packed rows where the configuration asks for them."""
+        model = model.to(self.device)
+        return models.can_pack(model) if self.config.packing else model
 
     def start_policy(self) -> LanguageModel:
         """The policy that rollouts, reward models and RL start from: after SFT where there is SFT."""
@@ -81,11 +87,20 @@ class Experiment(Run):
         return self.language_model(model)
 
     def load(self, folder: Path) -> LanguageModel:
-        """A model that a finished phase saved; ConfigError if it is not what was saved."""
+        """A model that a finished phase saved."""
+        self.keep(folder)
+        return self.language_model(models.load_pretrained(folder, self.config.model.dtype))
+
+    def load_adapter(self, one: models.OneBase, folder: Path, name: str, trained: bool) -> models.Role:
+        """An adapter that a finished phase saved, under the name that it has on its base here."""
+        self.keep(folder)
+        return one.load(folder, name, trained)
+
+    def keep(self, folder: Path) -> None:
+        """ConfigError if what a finished phase saved is not what it was."""
         if not folder.is_dir():
             raise FileNotFoundError(f"{folder} does not exist: run that phase first")
         inputs.keep(self.run, self._digests(folder))
-        return self.language_model(models.load_pretrained(folder, self.config.model.dtype))
 
     def saved(self, folder: Path) -> None:
         """A phase has saved this model: what reads it must find it so."""
@@ -97,11 +112,17 @@ class Experiment(Run):
         return {str(folder.relative_to(self.run)): model_digests(folder)}
 
     def trainable(self, language_model: LanguageModel, *names) -> LanguageModel:
-        """Ready for an optimiser: with adapters where the configuration asks for LoRA."""
-        if self.config.model.lora is None:
-            return language_model
-        self.seed("lora", *names)
-        return self.language_model(models.add_lora(language_model.model, self.config.model.lora))
+        """Ready for an optimiser: with adapters where the configuration asks for LoRA, and as it says in memory."""
+        if self.config.model.lora is not None:
+            self.seed("lora", *names)
+            language_model = self.language_model(models.add_lora(language_model.model, self.config.model.lora))
+        return self.sparing(language_model)
+
+    def sparing(self, language_model: LanguageModel) -> LanguageModel:
+        """With activation checkpointing where the configuration asks for it."""
+        if self.config.activation_checkpointing:
+            models.checkpoint_activations(language_model.model)
+        return language_model
 
     # ---- sampling
 

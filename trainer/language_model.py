@@ -3,7 +3,7 @@
 Shape letters: n tokens of a micro-batch, N packed response tokens, B answers, S slots, K candidates, D hidden size.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -25,6 +25,7 @@ from ipvrm_core import (
 from ipvrm_core.heads import causal_lm
 from ipvrm_core.trainer.batching import Answer, TokenBatch, micro_batches
 from ipvrm_core.trainer.models.head import value_head_of
+from ipvrm_core.trainer.models.packing import attention_arguments
 from ipvrm_core.trainer.progress import Progress
 
 AtHead = Callable[[Tensor, Head], Any]  # (hidden states of the response rows [n, D], head) -> anything
@@ -33,8 +34,9 @@ AtHead = Callable[[Tensor, Head], Any]  # (hidden states of the response rows [n
 class LanguageModel(nn.Module):
     """model + temperature + token budget. DDP and FSDP2 can wrap it: all it computes, its forward computes.
 
-    temperature: of every log-prob. max_tokens: padded tokens of a micro-batch. autocast: a context for the layers; the
-    head is always outside of it.
+    temperature: of every log-prob. max_tokens: of a micro-batch, padding included. packed: micro-batches are one row
+    without padding, for which the model must have been made ready (`can_pack`). autocast: a context for the layers;
+    the head is always outside of it.
     """
 
     def __init__(
@@ -43,11 +45,12 @@ class LanguageModel(nn.Module):
         *,
         temperature: float = 1.0,
         max_tokens: int = 16384,
+        packed: bool = False,
         autocast: Callable[[], AbstractContextManager] = nullcontext,
     ):
         super().__init__()
         self.model = attach(model)
-        self.temperature, self.max_tokens, self.autocast = temperature, max_tokens, autocast
+        self.temperature, self.max_tokens, self.packed, self.autocast = temperature, max_tokens, packed, autocast
 
     @property
     def device(self) -> torch.device:
@@ -69,13 +72,20 @@ class LanguageModel(nn.Module):
             with torch.autocast(hidden_BLD.device.type, enabled=False):
                 return at_head(hidden_BLD.flatten(0, 1)[batch.rows_N], head)
 
+        how = {"attention_mask": batch.mask_BL}
+        if batch.bounds is not None:
+            how = attention_arguments(self.model, batch.bounds, batch.positions_1L)
         with self.autocast():
-            return self.model(input_ids=batch.ids_BL, attention_mask=batch.mask_BL, at_head=at_rows)
+            return self.model(input_ids=batch.ids_BL, at_head=at_rows, **how)
 
     # ---- one micro-batch, with a gradient
 
+    def parts(self, answers: Sequence[Answer], max_tokens: int | None = None, unit: int = 1) -> Iterator[slice]:
+        """The micro-batches of these answers. max_tokens: another budget. unit: so many answers stay together."""
+        return micro_batches(answers, max_tokens or self.max_tokens, unit=unit, packed=self.packed)
+
     def batch(self, answers: Sequence[Answer], **how) -> TokenBatch:
-        return TokenBatch.make(answers, self.device, **how)
+        return TokenBatch.make(answers, self.device, packed=self.packed, **how)
 
     def batch_logprobs(self, batch: TokenBatch) -> Tensor:
         """log pi(y_t | s_t) of the response tokens: [n]."""
@@ -168,7 +178,7 @@ class LanguageModel(nn.Module):
         """
         pieces, row = [], 0
         with Progress(label, len(answers), unit="answer") if label else nullcontext() as shown:
-            for part in micro_batches(answers, max_tokens or self.max_tokens):
+            for part in self.parts(answers, max_tokens):
                 batch = self.batch(answers[part], **how)
                 rows = slice(row, row + len(batch.targets_N))
                 row = rows.stop

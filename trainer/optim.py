@@ -1,7 +1,7 @@
 """AdamW and a learning rate that is a pure function of the step, so that resuming needs no scheduler state."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,23 @@ def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.AdamW:
     """AdamW, with float32 copies where a trainable weight has fewer bits."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     kind = torch.optim.AdamW if all(p.dtype == torch.float32 for p in parameters) else MasterAdamW
-    return kind(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    optimizer = kind(parameters, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+    if optim.offload:
+        keep_moments_on(optimizer, torch.device("cpu"))
+    return optimizer
+
+
+def keep_moments_on(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """The moments are with their weights during a step alone, and else on `device`: a copy each way, exact."""
+
+    def move(place: Callable[[Tensor], torch.device]) -> None:
+        for parameter, entry in optimizer.state.items():
+            moved = {key: value.to(place(parameter)) for key, value in entry.items() if value.dim()}
+            entry.update(moved)  # the number of steps is a scalar, and stays where torch has it
+
+    optimizer.moments_on = device
+    optimizer.register_step_pre_hook(lambda *_: move(lambda parameter: parameter.device))
+    optimizer.register_step_post_hook(lambda *_: move(lambda _: device))
 
 
 def trained_weights(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

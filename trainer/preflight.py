@@ -69,22 +69,31 @@ def _parameters(scratch: Scratch) -> int:
 
 def check_prompts(config: Config) -> None:
     """ConfigError unless prompt and answer fit the model's positions, for every source that is answered."""
-    sources = _answered(config)
-    if not sources:
+    if not _answered(config):
         return
     limit, new_tokens = models.positions(config.model), config.generation.max_new_tokens
-    task = config.data.task if config.data else None
-    tokenizer = models.load_tokenizer(config.model, make_task(task, **config.data.task_args).alphabet if task else None)
-    for key, source in sources.items():
-        tokens, longest = max(
-            (len(encode_prompt(tokenizer, example, config.model.system_prompt)), example.id)
-            for example in _longest(source)
-        )
+    for key, (tokens, longest) in longest_prompts(config, tokenizer_of(config)).items():
         if limit and tokens + new_tokens > limit:
             raise ConfigError(
                 f"{key}: the prompt of {longest} has {tokens} tokens; with generation.max_new_tokens = {new_tokens} "
                 f"that is more than the {limit} that the model has positions for"
             )
+
+
+def tokenizer_of(config: Config):
+    task = config.task
+    return models.load_tokenizer(config.model, make_task(task, **config.data.task_args).alphabet if task else None)
+
+
+def longest_prompts(config: Config, tokenizer) -> dict[str, tuple[int, str]]:
+    """{key: (tokens of the longest prompt, its id)} of every source that is answered."""
+    return {
+        key: max(
+            (len(encode_prompt(tokenizer, example, config.model.system_prompt)), example.id)
+            for example in _longest(source)
+        )
+        for key, source in _answered(config).items()
+    }
 
 
 def _answered(config: Config) -> dict[str, Source]:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ipvrm_core.objectives import Objective, RewardBatch
 from ipvrm_core.packing import cu_seqlens_from_lengths, lengths_of
-from ipvrm_core.trainer.batching import Answer, TokenBatch, micro_batches
+from ipvrm_core.trainer.batching import Answer, TokenBatch
 from ipvrm_core.trainer.language_model import LanguageModel
 
 
@@ -52,7 +52,7 @@ def backward_reward_loss(
         weights_B = objective.reweigh(score_N, policy_N, cu_seqlens.to(labels_B.device), labels_B, weights_B)
     unit = 2 if objective.pairwise else 1
     total, row = 0.0, 0
-    for part in _parts(answers, model.max_tokens, unit):
+    for part in model.parts(answers, unit=unit):
         batch = model.batch(answers[part], after=objective.head == "value")
         rows = slice(row, row + len(batch.targets_N))
         row = rows.stop
@@ -78,14 +78,6 @@ def _batch_scores(model: LanguageModel, objective: Objective, batch: TokenBatch,
         return model.batch_values(batch)
     score_N = model.batch_logprobs(batch)
     return score_N - ref_logprobs_N if needs_reference(objective) else score_N
-
-
-def _parts(answers: Sequence[Answer], max_tokens: int, unit: int):
-    """Micro-batch slices in multiples of `unit` sequences."""
-    units = [answers[start : start + unit] for start in range(0, len(answers), unit)]
-    longest = [max(group, key=lambda answer: len(answer.prompt_ids) + len(answer.response_ids)) for group in units]
-    for part in micro_batches(longest, max_tokens // unit):
-        yield slice(part.start * unit, part.stop * unit)
 
 
 def answer_scores(score_N: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:

@@ -147,8 +147,13 @@ def checked_budget(max_buffer_bytes: int | None, hidden: Tensor, weight: Tensor 
 
 
 def readable(x: Tensor) -> bool:
-    """Whether looking at values is free, or asked for: on CPU, or anywhere inside `checked_values`."""
-    return bool(x.numel()) and not torch.compiler.is_compiling() and (x.device.type == "cpu" or _check_values.get())
+    """Whether looking at values is free, or asked for: on CPU, or anywhere inside `checked_values`.
+
+    A fake tensor, of which torch knows the shape alone, says that it is on the CPU; its memory does not.
+    """
+    if not x.numel() or torch.compiler.is_compiling():
+        return False
+    return (x.device.type == "cpu" and x.untyped_storage().device.type == "cpu") or _check_values.get()
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from ipvrm_core.trainer.optim import (
     MasterAdamW,
     apply_step,
     install,
+    keep_moments_on,
     make_optimizer,
     set_weights,
     trained_weights,
@@ -152,3 +153,40 @@ def test_a_whole_reward_model_in_bfloat16(tiny_experiment, tmp_path, monkeypatch
     after = dict(experiment.load(experiment.run / "rm/x/model").model.named_parameters())
     moved = [(after[name] - before[name]).abs() for name in before]
     assert all(0 < change.max() < 4.1 * 5e-7 for change in moved)
+
+
+# ---- moments elsewhere
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_moments_that_wait_on_the_cpu_change_nothing(tmp_path, dtype):
+    """Weights and moments, with a checkpoint in the middle."""
+    found = []
+    for offload in (False, True):
+        optim = Optim(lr=1e-2, offload=offload)
+        model = linear(dtype)
+        optimizer = make_optimizer(model, optim)
+        steps(model, optimizer, optim, 3)
+        checkpoint.save(tmp_path / str(offload), 3, {"model": model}, {"model": optimizer}, {})
+        other = linear(dtype)
+        other_optimizer = make_optimizer(other, optim)
+        checkpoint.load(tmp_path / str(offload), {"model": other}, {"model": other_optimizer})
+        steps(other, other_optimizer, optim, 2, start=3)
+        moments = {key: value for entry in other_optimizer.state.values() for key, value in entry.items()}
+        found.append({**moments, **dict(other.named_parameters())})
+        assert hasattr(optimizer, "moments_on") == offload
+    assert found[0].keys() == found[1].keys() >= {"exp_avg", "exp_avg_sq", "step"}
+    assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
+
+
+def test_moments_wait_where_they_are_told():
+    model = linear(torch.float32)
+    optimizer = make_optimizer(model, Optim(lr=1e-2))
+    keep_moments_on(optimizer, torch.device("meta"))  # memory that holds nothing shows where they went
+    steps(model, optimizer, Optim(lr=1e-2), 1)
+    for entry in optimizer.state.values():
+        assert {key: value.device.type for key, value in entry.items()} == {
+            "step": "cpu",
+            "exp_avg": "meta",
+            "exp_avg_sq": "meta",
+        }

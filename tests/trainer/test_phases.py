@@ -109,8 +109,14 @@ def test_td_errors_against_the_start_or_the_sampling_policy(train):
 
 
 def test_adapters_through_the_phases(train, start):
-    """LoRA for policy and reward model; the saved policy is a plain model that moved away from the start."""
-    lines, folder = train(model={"lora": {"rank": 4, "alpha": 8.0}}, reward_model=_reward_model("before"))
+    """LoRA for policy and reward model; the saved policy is a plain model that moved away from the start.
+
+    The reward model was trained as a whole, so that there is no base for both.
+    """
+    lora = {"rank": 4, "alpha": 8.0}
+    with pytest.raises(FileNotFoundError, match="model_adapter does not exist"):
+        train(model={"lora": lora}, reward_model=_reward_model("before"))
+    lines, folder = train(model={"lora": {**lora, "one_base": False}}, reward_model=_reward_model("before"))
     assert len(lines) == 2
     saved, before = load_pretrained(folder / "rl/x/model"), load_pretrained(start / "sft/model")
     own, start_weights = saved.state_dict(), before.state_dict()

@@ -11,6 +11,7 @@ from pathlib import Path
 from ipvrm_core.trainer import config as configuration
 from ipvrm_core.trainer import ending
 from ipvrm_core.trainer.commands import evaluation as cli_evaluation
+from ipvrm_core.trainer.commands import plan as cli_plan
 from ipvrm_core.trainer.config import Config, ConfigError
 from ipvrm_core.trainer.files import read_json
 
@@ -123,6 +124,7 @@ def _parser() -> argparse.ArgumentParser:
     seeds.set_defaults(function=_compare)
 
     cli_evaluation.add(commands)
+    cli_plan.add(commands, raw)
 
     listing = commands.add_parser("config", help="List every configuration key.")
     listing.set_defaults(function=lambda _: print("\n".join(configuration.describe())))

@@ -34,7 +34,11 @@ class Config(Section):
     rl: dict[str, Rl] = Field({})
     eval: Eval = Eval()
     leakage: Leakage = Leakage()
-    micro_batch_tokens: Positive = Field(16384, description="padded tokens per forward/backward pass")
+    micro_batch_tokens: Positive = Field(16384, description="tokens per forward/backward pass, padding included")
+    packing: bool = Field(False, description="passes without padding: answers end to end in one row")
+    activation_checkpointing: bool = Field(
+        False, description="keep only the input of each layer and make the rest again in the backward pass"
+    )
     checkpoint_every: Positive = Field(20, description="steps between checkpoints of a training phase")
     keep_checkpoints: Positive = Field(2, description="of a training phase; a damaged one is passed over")
     wandb: bool = Field(False, description="also log to Weights & Biases (the package must be installed)")

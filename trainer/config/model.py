@@ -26,6 +26,11 @@ class Lora(Section):
     alpha: PositiveFloat = Field(256.0, description="the product is scaled by alpha / rank")
     dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.0, description="of the adapters' inputs in training")
     target_modules: str | list[str] = Field("all-linear", description="names of the layers that get adapters")
+    one_base: bool = Field(
+        True,
+        description="a policy run holds the starting policy once: the policy is a new adapter on it, the reward model "
+        "goes on with the adapter of train-rm, the reference is it without any. false: a model of its own for each",
+    )
 
 
 class Model(Section):

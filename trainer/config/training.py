@@ -19,6 +19,10 @@ class Optim(Section):
         (0.9, 0.999), description="memory of the gradient's mean and of its square's"
     )
     grad_clip: PositiveFloat | None = Field(1.0, description="norm to which a larger gradient is scaled; None: never")
+    offload: bool = Field(
+        False,
+        description="AdamW's moments are in the CPU's memory except during a step: for a GPU short of its own",
+    )
 
 
 class Sft(Section):

@@ -13,7 +13,7 @@ from torch import Tensor
 from ipvrm_core.objectives.endorm import Endorm
 from ipvrm_core.packing import cu_seqlens_from_lengths
 from ipvrm_core.trainer import models
-from ipvrm_core.trainer.batching import Answer, micro_batches
+from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import Model
 from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.progress import Progress
@@ -133,7 +133,7 @@ def scored_batches(
     """
     max_tokens = max_tokens or scorer.model.max_tokens
     order = sorted(range(len(answers)), key=lambda i: -len(answers[i].prompt_ids) - len(answers[i].response_ids))
-    for part in micro_batches([answers[i] for i in order], max_tokens):
+    for part in scorer.model.parts([answers[i] for i in order], max_tokens):
         chosen = [answers[i] for i in order[part]]
         score_n = _scores(scorer, chosen, max_tokens=max_tokens, unseen=unseen).float().cpu()
         _check(scorer.kind, score_n, first=part.start == 0)

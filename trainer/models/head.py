@@ -9,19 +9,27 @@ from torch import nn
 from ipvrm_core import attach, head_of, linear_logprobs
 from ipvrm_core.heads import causal_lm
 
+VALUE_HEAD = "value_head.safetensors"  # beside the weights of a model that has one
 
-def add_value_head(model: nn.Module) -> nn.Linear:
+
+def make_value_head(model: nn.Module) -> nn.Linear:
     """A trainable scalar on the last hidden state, float32, zero at the start: an explicit score of each token."""
     weight = head_of(model).weight
     head = nn.Linear(weight.shape[1], 1, device=weight.device, dtype=torch.float32)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)
-    causal_lm(model).value_head = head
     return head
 
 
+def add_value_head(model: nn.Module) -> nn.Linear:
+    causal_lm(model).value_head = make_value_head(model)
+    return causal_lm(model).value_head
+
+
 def value_head_of(model: nn.Module) -> nn.Linear | None:
-    return getattr(causal_lm(model), "value_head", None)
+    """Its own, where it shares its base with others, or else that of the base."""
+    own = model._modules.get("value_head")
+    return own if own is not None else getattr(causal_lm(model), "value_head", None)
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Models and tokenizers from a path, or new ones."""
 
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -9,9 +10,7 @@ from torch import nn
 
 from ipvrm_core.trainer.config import Model, Scratch
 from ipvrm_core.trainer.files import read_tensors
-from ipvrm_core.trainer.models.head import add_value_head
-
-VALUE_HEAD = "value_head.safetensors"  # beside the weights of a model that has one
+from ipvrm_core.trainer.models.head import VALUE_HEAD, add_value_head
 
 
 def character_tokenizer(alphabet: str):
@@ -52,6 +51,18 @@ def _check_gguf(file: str | None) -> None:
         raise ValueError(f"{file} needs the package gguf, which is not installed: pip install 'ipvrm-core[gguf]'")
 
 
+GGUF_SINCE = "5.17"  # the first transformers that keeps GGUF weights packed unless told to dequantise
+
+
+def _gguf_config(file: str):
+    """ValueError for a version of transformers that does not know it: it would need other arguments."""
+    try:
+        from transformers import GgufConfig
+    except ImportError:
+        raise ValueError(f"{file} needs transformers >= {GGUF_SINCE}; got {version('transformers')}") from None
+    return GgufConfig(dequantize=True)
+
+
 def build_scratch(scratch: Scratch, tokenizer) -> nn.Module:
     """Random weights; the caller seeds."""
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
@@ -89,7 +100,7 @@ def load_pretrained(path: str | Path, dtype: str = "float32", gguf_file: str | N
 
 
 def _load_pretrained(path: str | Path, dtype: str, gguf_file: str | None) -> nn.Module:
-    from transformers import AutoModelForCausalLM, GgufConfig
+    from transformers import AutoModelForCausalLM
     from transformers.utils import cached_file
 
     settings = {"dtype": getattr(torch, dtype)}
@@ -100,10 +111,8 @@ def _load_pretrained(path: str | Path, dtype: str, gguf_file: str | None) -> nn.
             add_value_head(model).load_state_dict(read_tensors(Path(saved)))
         return model
     _check_gguf(gguf_file)
-    quantization = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(
-        path, gguf_file=gguf_file, quantization_config=quantization, **settings
-    )
+    settings["quantization_config"] = _gguf_config(gguf_file)
+    model = AutoModelForCausalLM.from_pretrained(path, gguf_file=gguf_file, **settings)
     # The weights are dense now, but the model still calls itself quantised and would refuse to be saved.
     model.hf_quantizer, model.is_quantized = None, False
     return model

@@ -10,6 +10,7 @@ from ipvrm_core.trainer.optim import make_optimizer
 from ipvrm_core.trainer.phases.training import Training, phase_folder
 from ipvrm_core.trainer.rl.collect import Collected
 from ipvrm_core.trainer.rl.step import Learner, rl_step
+from ipvrm_core.trainer.roles import roles
 
 SHOW = (
     "accuracy",
@@ -53,19 +54,20 @@ def make_learner(experiment: Experiment, name: str) -> Learner:
     """The models of the policy run `name` before its first step."""
     rl = experiment.config.rl[name]
     method = rl.resolved()
-    policy = experiment.trainable(experiment.start_policy(), "rl", name)
+    models = roles(experiment, name)
+    policy = models.policy()
     learner = Learner(name, rl, method, policy, experiment.sampler(policy), {})
     learner.optimizers["policy"] = make_optimizer(policy.model, rl.optim)
     if rl.reward_model:
         learner.objective = _online(experiment, rl)
-        learner.reward_model = experiment.load(experiment.run / "rm" / rl.reward_model.name / "model")
-        if rl.reward_model.update != "none":
-            learner.reward_model = experiment.trainable(learner.reward_model, "rl", name, "rm")
+        trained = rl.reward_model.update != "none"
+        learner.reward_model = models.reward_model(rl.reward_model.name, trained)
+        if trained:
             learner.optimizers["reward_model"] = make_optimizer(learner.reward_model.model, rl.reward_model.optim)
     own_rewards = not rl.reward_model and estimators.find(method.estimator).token_rewards == "own"
     against_start = rl.reward_model and "sft" in (method.online_reference, method.td_reference)
     if rl.kl_coef or own_rewards or against_start:
-        learner.reference = experiment.start_policy().eval()
+        learner.reference = models.reference()
     return learner
 
 

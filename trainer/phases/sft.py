@@ -1,6 +1,5 @@
 """Supervised fine-tuning on demonstrations: mean negative log-likelihood of the answer tokens."""
 
-from ipvrm_core.trainer.batching import micro_batches
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.optim import apply_step, make_optimizer
 from ipvrm_core.trainer.phases.training import Training, phase_folder
@@ -37,7 +36,7 @@ def run(experiment: Experiment, resume: bool = False) -> None:
             training.uses(answers, examples=[example.id for example in examples])
             tokens = sum(len(answer.response_ids) for answer in answers)
             total = 0.0
-            for part in micro_batches(answers, model.max_tokens):
+            for part in model.parts(answers):
                 loss = -model.batch_logprobs(model.batch(answers[part])).sum() / tokens
                 loss.backward()
                 total += loss.item()

@@ -17,7 +17,7 @@ from ipvrm_core.trainer.config import ConfigError
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.files import locked, sweep, write_json
 from ipvrm_core.trainer.metrics import MetricsLog
-from ipvrm_core.trainer.models import save_model
+from ipvrm_core.trainer.models import has_adapter, save_adapter, save_model
 from ipvrm_core.trainer.optim import install, trained_weights
 
 LOSS_LIMIT = 1e4  # of a mean loss, which is below 100 wherever something is learnt
@@ -166,7 +166,8 @@ class Training:
         )
 
     def save(self, model: nn.Module, name: str) -> None:
-        """Save `model` as folder/name, in float32 where its optimiser kept such copies of its weights.
+        """Save `model` as folder/name, in float32 where its optimiser kept such copies of its weights; an adapter alone
+        as folder/name_adapter too.
 
         Whatever has that name was saved after the last step of this very training, before it was interrupted.
         """
@@ -175,6 +176,10 @@ class Training:
         for key, trained in self.models.items():
             if trained is model and hasattr(self.optimizers.get(key), "pairs"):
                 install(model, trained_weights(model, self.optimizers[key]))
+        adapter = self.folder / f"{name}_adapter"
+        if has_adapter(model) and not adapter.exists():
+            save_adapter(model, adapter)
+            self.experiment.saved(adapter)
         save_model(model, self.experiment.text.tokenizer, self.folder / name)
         self.experiment.saved(self.folder / name)
 

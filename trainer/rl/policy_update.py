@@ -13,7 +13,7 @@ from ipvrm_core import PolicyBatch
 from ipvrm_core.credit import batch_sigma
 from ipvrm_core.method import Method
 from ipvrm_core.packing import cu_seqlens_from_lengths
-from ipvrm_core.trainer.batching import Answer, micro_batches
+from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.config import Rl
 from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.optim import apply_step
@@ -58,7 +58,7 @@ def _backward(policy: LanguageModel, config, answers: Sequence[Answer], batch: P
     """Gradient of one minibatch, accumulated over micro-batches that share its normalisers."""
     sums: dict[str, Tensor] = {}
     row = 0
-    for part in micro_batches(answers, policy.max_tokens):
+    for part in policy.parts(answers):
         tokens = policy.batch(answers[part])
         rows = slice(row, row + len(tokens.targets_N))
         row = rows.stop

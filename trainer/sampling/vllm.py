@@ -12,6 +12,7 @@ from torch import nn
 from ipvrm_core.heads import causal_lm
 from ipvrm_core.trainer.config import Vllm
 from ipvrm_core.trainer.language_model import LanguageModel
+from ipvrm_core.trainer.models import save_adapter
 from ipvrm_core.trainer.sampling.base import Drawing, Sample, eos_ids
 from ipvrm_core.trainer.sampling.engine import Engine
 from ipvrm_core.trainer.sampling.probe import probe
@@ -149,7 +150,7 @@ class VllmSampler:
         number = self.adapter.lora_int_id + 1 if self.adapter else 1  # under an old number it would keep the old one
         folder = tempfile.mkdtemp(prefix="ipvrm-adapter-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None)
         old, self.folder = self.folder, folder
-        model.save_pretrained(folder, save_embedding_layers=False)
+        save_adapter(model, Path(folder))
         if self.adapter:
             self.engine.remove_adapter(self.adapter.lora_int_id)
         self.adapter = LoRARequest(f"policy-{number}", number, folder)

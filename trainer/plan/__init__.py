@@ -1,0 +1,1 @@
+"""What memory the phases of a configuration need, known before anything is loaded."""
