@@ -3,18 +3,12 @@
 import json
 import subprocess
 import sys
-from importlib.metadata import version
 from pathlib import Path
-
-import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
 SHOW = "\nprint('right answers', before, after)\nprint(len(Page()._repr_html_()), problem in page.read_text())"
 
 
-@pytest.mark.skipif(
-    int(version("transformers").split(".")[1]) < 10, reason="the trainer imports GgufConfig, which is not there"
-)
 def test_the_notebook_runs_from_top_to_bottom():
     cells = json.loads((ROOT / "examples/trl_distrl.ipynb").read_text())["cells"]
     assert all(not cell.get("outputs") for cell in cells)  # nothing stale beside the code
