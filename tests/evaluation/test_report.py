@@ -184,7 +184,7 @@ def test_whole_run_shows_every_number(config, whole):
         assert shown in cells
     assert "has not been run" not in text
     assert "is not finished" not in text
-    assert "DistRL, rm.ipvrm, α = 1, GAE × 0" in text
+    assert "DistRL by sign, rm.implicit_prm, α = 1, GAE × 0.05" in text
     assert "GRPO, outcome reward only" in text
     assert (
         "qwen3 decoder from random weights, 2 layers × 128, float32. Trained on chain (min_ops = 4, max_ops = 8)"

@@ -4,6 +4,7 @@ import statistics
 from dataclasses import dataclass
 from math import sqrt
 
+from ipvrm_core.method import Method
 from ipvrm_core.trainer.config import Config, Source
 from ipvrm_core.trainer.report.collect import Phase, Run
 from ipvrm_core.trainer.report.plots import window
@@ -91,7 +92,8 @@ def method(config: Config, name: str) -> str:
     outcome, estimator = settings.outcome.upper(), settings.estimator.upper()
     if rl.reward_model is None:
         return f"{outcome}, " + ("self-guided (SPRO)" if estimator == "MSA" else "outcome reward only")
-    kind = "DistRL" if settings.alpha else f"{outcome} with process reward"
+    form = "" if settings.candidate_form == Method().candidate_form else f" by {settings.candidate_form}"
+    kind = f"DistRL{form}" if settings.alpha else f"{outcome} with process reward"
     return f"{kind}, rm.{rl.reward_model.name}, α = {settings.alpha:g}, {estimator} × {settings.process_coef:g}"
 
 
