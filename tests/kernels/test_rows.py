@@ -175,8 +175,10 @@ def test_policy_rows(kind, V, device):
     out = torch.empty_like(x)
     metrics = run_policy(x, out, batch)
     same, truth = reference(policy_reference(batch), x)
-    close(metrics.sum(0), same[0], truth[0], 2e-6)
-    close(out, same[1], truth[1], 2e-6)
+    # log p is rounded twice at its own size (40 in peaked rows), and rho is its exponential.
+    rounding = 2 * torch.finfo(torch.float32).eps * near.abs().max().item()
+    close(metrics.sum(0), same[0], truth[0], 2e-6 + rounding)
+    close(out, same[1], truth[1], 2e-6 + rounding)
     assert torch.equal(run_policy(x, None, batch), metrics)
     assert (out[4] == 0).all()  # both weights are 0
 
