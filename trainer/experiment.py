@@ -70,8 +70,10 @@ class Experiment(Run):
         )
 
     def prepared(self, model: nn.Module) -> nn.Module:
-        """On the device, and with an attention for packed rows where the configuration asks for them."""
+        """On the device; with Liger's layers and an attention for packed rows where the configuration asks for them."""
         model = model.to(self.device)
+        if self.config.model.liger:
+            models.liger_layers(model)
         return models.can_pack(model) if self.config.packing else model
 
     def start_policy(self) -> LanguageModel:

@@ -102,7 +102,7 @@ def _last_line(path: Path) -> str:
 
 
 def _start(job: Job, run_folder: Path, logs: Path, parallel: int) -> subprocess.Popen:
-    threads = str(max(1, (os.cpu_count() or 1) // parallel))
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // parallel))
     command = [
         sys.executable,
         "-m",

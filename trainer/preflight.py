@@ -4,6 +4,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import torch
+
 from ipvrm_core.trainer import models
 from ipvrm_core.trainer.config import Config, ConfigError, Scratch, Source
 from ipvrm_core.trainer.data.example import Example
@@ -18,12 +20,14 @@ LONGEST = 100  # prompts of a source that are encoded, the longest by their char
 
 
 def preflight(config: Config, run: Path) -> None:
-    """ConfigError for a judge or a sampler that cannot be imported, for sizes beyond this machine and, where `run` is
-    new, for prompts that leave the model no positions for their answers. Data that cannot be read raise as later on.
+    """ConfigError for a judge, a sampler or layers that this machine cannot have, for sizes beyond it and, where `run`
+    is new, for prompts that leave the model no positions for their answers. Data that cannot be read raise as later on.
     """
     check_judge(config.verifier.kind)
     if config.generation.sampler == "vllm":
         check_installed()
+    if config.model.liger:
+        check_liger(config)
     check_sizes(config)
     if not (run / "config.json").exists():
         check_prompts(config)
@@ -37,6 +41,12 @@ def check_judge(kind: str) -> None:
         load_judge(path)
     except (Exception, SystemExit) as error:  # a module of somebody else's: it may raise anything
         raise ConfigError(f"verifier.kind = {kind!r} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def check_liger(config: Config) -> None:
+    missing = models.why_not_liger(on_gpu=config.device != "cpu" and torch.cuda.is_available())
+    if missing:
+        raise ConfigError(f"model.liger = true needs {missing}")
 
 
 def check_sizes(config: Config) -> None:

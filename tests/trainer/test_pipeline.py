@@ -59,6 +59,18 @@ def faked(monkeypatch):
     return use
 
 
+@pytest.mark.parametrize(("own", "expected"), [(None, "3"), ("1", "1")])
+def test_threads_are_shared_out_unless_the_user_says_how_many(tiny_config, tmp_path, monkeypatch, own, expected):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if own:
+        monkeypatch.setenv("OMP_NUM_THREADS", own)
+    monkeypatch.setattr(pipeline.os, "cpu_count", lambda: 6)
+    found = {}
+    monkeypatch.setattr(pipeline.subprocess, "Popen", lambda *_, env, **__: found.update(env))
+    pipeline._start(jobs_of(tiny_config(rl={"x": {}}))[0], tmp_path, tmp_path, 2)
+    assert found["OMP_NUM_THREADS"] == expected
+
+
 @pytest.mark.parametrize("parallel", [1, 3])
 def test_jobs_run_after_what_they_need(tiny_config, tmp_path, faked, parallel):
     started = faked({})

@@ -18,7 +18,7 @@ from ipvrm_core.trainer.verify import Verdict
 
 TOKENIZER = character_tokenizer("0123456789+-*=;#?")
 PROMPTS = [TOKENIZER(text)["input_ids"] for text in ("1+2?", "7*3-4?", "5-5+0*9?", "8?")]
-EOS = TOKENIZER.eos_token_id
+EOS, PAD = TOKENIZER.eos_token_id, TOKENIZER.pad_token_id
 
 
 def generate(model, prompts=PROMPTS, *, batch: int = 256, **drawing) -> list[Sample]:
@@ -127,6 +127,15 @@ def test_same_seed_same_samples(tiny_model):
 
     assert draw(1) == draw(1)
     assert draw(1) != draw(2)
+
+
+def test_prompts_of_like_lengths_share_a_batch(tiny_model):
+    model, padding = tiny_model(), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: padding.append((args[0] == PAD).sum().item()))
+    long, short = PROMPTS[2], PROMPTS[3]
+    made = generate(model, [short, long, short, long], max_new_tokens=1, batch=2)
+    assert [sample.prompt_ids for sample in made] == [short, long, short, long]
+    assert padding == [0, 0]
 
 
 def test_the_mode_of_the_model_is_kept(tiny_model):

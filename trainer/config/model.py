@@ -43,6 +43,7 @@ class Model(Section):
         "float32", description="of the weights; bfloat16 ones are trained through float32 master copies"
     )
     lora: Lora | None = None
+    liger: bool = Field(False, description="Liger's layers in place of transformers' own; needs a GPU")
     system_prompt: str | None = Field(None, description="first message, where the tokenizer has a chat template")
 
     @model_validator(mode="after")

@@ -2,6 +2,7 @@
 
 from ipvrm_core.trainer.models.adapters import OneBase, Role, add_lora, has_adapter, save_adapter
 from ipvrm_core.trainer.models.head import add_value_head, check_head
+from ipvrm_core.trainer.models.liger import liger_layers, why_not_liger
 from ipvrm_core.trainer.models.load import (
     build_scratch,
     character_tokenizer,
@@ -25,10 +26,12 @@ __all__ = [
     "check_head",
     "checkpoint_activations",
     "has_adapter",
+    "liger_layers",
     "load_pretrained",
     "load_tokenizer",
     "positions",
     "save_adapter",
     "save_model",
     "start_model",
+    "why_not_liger",
 ]

@@ -19,7 +19,8 @@ class Blank(Experiment):
     """Each model is made anew where a run would load it; the tokenizer is the real one. fake: in a FakeTensorMode."""
 
     def __init__(self, config: Config, tokenizer, device: torch.device, fake: bool = False):
-        self.config, self.run = config, Path("blank")
+        layers = config.model.model_copy(update={"liger": False})  # kernels, which tensors without memory cannot run
+        self.config, self.run = config.model_copy(update={"model": layers}), Path("blank")
         self.tokenizer, self.fake = tokenizer, fake
         half = config.precision == "bf16"
         autocast: Callable[[], AbstractContextManager] = lambda: torch.autocast(device.type, torch.bfloat16, half)  # noqa: E731

@@ -39,11 +39,15 @@ class Generate:
         was_training = self.policy.training
         self.policy.eval()
         stacked = [prompt for prompt in prompts for _ in range(drawing.samples)]
-        made: list[Sample] = []
-        for start in range(0, len(stacked), self.batch):
-            made += _generate_batch(self.policy.model, self.tokenizer, stacked[start : start + self.batch], drawing)
+        made: dict[int, Sample] = {}
+        # A batch is padded to its longest prompt and goes on to its longest answer: like with like, the longest first.
+        order = sorted(range(len(stacked)), key=lambda index: -len(stacked[index]))
+        for start in range(0, len(order), self.batch):
+            chosen = order[start : start + self.batch]
+            batch = _generate_batch(self.policy.model, self.tokenizer, [stacked[index] for index in chosen], drawing)
+            made |= zip(chosen, batch, strict=True)
         self.policy.train(was_training)
-        return made
+        return [made[index] for index in range(len(stacked))]
 
     def sync(self, policy: LanguageModel) -> None:
         self.policy = policy
