@@ -197,16 +197,30 @@ def test_the_report_says_which_policy_had_perfect_credit(config):
     assert "perfect" not in tables.method(config, "distrl") + tables.method(config, "grpo")
 
 
-def test_change_to_the_start_is_judged_by_its_standard_error(config, tmp_path):
+def test_differences_are_judged_prompt_by_prompt(config, tmp_path):
+    """Start and GRPO differ by 6 points each time; whether that is clear depends on how the prompts agree."""
     results = evaluation(config)
-    results["policy-start"] |= {"greedy": 0.5, "avg@8": 0.5}
-    results["policy-grpo"] |= {"greedy": 0.56, "avg@8": 0.57}  # two standard errors: 100 * 2 * sqrt(0.5 / 512) = 6.25
+    start, better = [1] * 50 + [0] * 50, [1] * 56 + [0] * 44
+    results["policy-start"] |= {"greedy": 0.5, "avg@8": 0.5, "by_prompt": {"greedy": start, "avg@8": start}}
+    others = {"greedy": better, "avg@8": better[::-1]}  # the second is right where the start is wrong
+    results["policy-grpo"] |= {"greedy": 0.56, "avg@8": 0.56, "by_prompt": others}
+    results["policy-distrl"] |= {"greedy": 0.5, "avg@8": 0.5, "by_prompt": {"greedy": start}}
     write_json(tmp_path / "eval" / "results.json", results)
-    shares = {name: shares for name, _, shares, _ in tables.policies(collect(config, tmp_path))["rows"]}
-    assert shares["start"]["greedy"] == tables.Share(0.5)
-    assert shares["rl.grpo"]["greedy"].change == pytest.approx(0.06)
-    assert not shares["rl.grpo"]["greedy"].clear
-    assert shares["rl.grpo"]["avg@8"].clear
+    found = tables.policies(collect(config, tmp_path))
+    changes = {name: changes for name, _, _, changes, _ in found["rows"]}
+    assert changes["start"] == {}
+    greedy, sampled = (changes["rl.grpo"][key] for key in ("greedy", "avg@8"))
+    assert greedy.mean == sampled.mean == pytest.approx(0.06)
+    assert greedy.half_width == pytest.approx(1.96 * (0.06 * 0.94 / 99) ** 0.5)
+    assert greedy.clear
+    assert sampled.half_width > 0.19
+    assert not sampled.clear
+    assert found["against"] == "rl.grpo"
+    pairs = dict(found["pairs"])
+    assert pairs["rl.distrl"]["greedy"] == tables.Change(pytest.approx(-0.06), greedy.half_width)
+    assert pairs["rl.distrl"]["avg@8"].half_width is None
+    assert set(pairs) == {f"rl.{name}" for name in config.rl} - {"rl.grpo"}
+    assert f"−6.0 ± {100 * greedy.half_width:.2f}" in build(config, tmp_path).read_text()
 
 
 def test_page_is_self_contained(whole):
@@ -372,6 +386,7 @@ def paired_runs(tmp_path):
         results = {"policy-start": {"greedy": 0.1, "avg@2": 0.1}}
         for seed, gain in enumerate(pair):
             results[f"policy-g{seed}"] = {"greedy": 0.5 + start, "avg@2": 0.4, "pass@2": 1.0, "all_steps": 0.3}
+            results[f"policy-g{seed}"]["by_prompt"] = {"greedy": [0.5 + start, 0.5 + start]}
             results[f"policy-d{seed}"] = {"greedy": 0.5 + start + gain, "avg@2": 0.4, "all_steps": 0.2, "pass@2": 1.0}
         write_json(tmp_path / str(start) / "config.json", {"seed": start, "rl": rl})
         write_json(tmp_path / str(start) / "eval" / "results.json", results)
@@ -388,6 +403,7 @@ def test_compare_pairs_runs_of_equal_seeds(paired_runs):
     assert row[:4] == pytest.approx((0.15, 4.303 * 0.1 / 3**0.5, 0.1, 0.1 / 2**0.5))
     assert row[4:] == (6, 3)
     text = compare(paired_runs)
+    assert "by_prompt" not in text
     assert text.startswith("| minus g0, in pairs | pairs of starts | greedy | avg@2 | all_steps |")
     assert "| d0 | 6 of 3 | +0.150 ± 0.248 (0.100 / 0.071) | +0.000 ± 0.000 (0.000 / 0.000) | -0.100" in text
     assert "| g0 | 6 of 3 | -0.150" in compare(paired_runs, "d0")

@@ -156,6 +156,10 @@ def test_evaluation_of_all_models(train):
     assert policy["prompts"] == 8
     assert 0 <= policy["all_steps"] <= policy["avg@2"] <= policy["pass@2"] <= 1
     assert policy["undecided"] == 0
+    assert set(policy["by_prompt"]) == {"greedy", "avg@2", "all_steps_greedy", "all_steps"}
+    for key, shares in policy["by_prompt"].items():
+        assert len(shares) == 8
+        assert sum(shares) / 8 == pytest.approx(policy[key])
     for value in results["rm-prefix"]["localisation"].values():
         assert 0 <= value["f1_transferred"] <= value["f1_oracle"] <= 1
     train_style = results["rm-prefix"]["localisation"]["train/process"]

@@ -5,6 +5,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from ipvrm_core import estimators
 from ipvrm_core.trainer.config.base import Positive, Section
 from ipvrm_core.trainer.config.data import Source
 from ipvrm_core.trainer.config.evaluation import Eval, Leakage, Verifier
@@ -118,6 +119,13 @@ class Config(Section):
         if self.model.scratch and not self.task:
             raise ValueError("model.scratch has the characters of a built-in task: set data.task")
         return self
+
+    @property
+    def outcomes_alone(self) -> list[str]:
+        """Policy runs without credit for tokens (GRPO), which the others are compared with."""
+        uncredited = [name for name, rl in self.rl.items() if not rl.reward_model and rl.credit == "reward_model"]
+        needs = {name: estimators.find(self.rl[name].resolved().estimator).token_rewards for name in uncredited}
+        return [name for name in uncredited if needs[name] != "own"]
 
     def _check_held_out(self, name: str, rm: RewardModel) -> None:
         """ValueError for a reward model that could not be validated, or not be evaluated against its reference."""

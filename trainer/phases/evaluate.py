@@ -74,7 +74,7 @@ def _policy(experiment: Experiment, path: Path | None) -> dict:
 
 def _without_reward_model(experiment: Experiment) -> dict[str, OwnAnswers]:
     """Answers of the first policy run that learns from outcomes alone (GRPO), whose positions owe nothing to credit."""
-    names = [name for name, rl in experiment.config.rl.items() if not rl.reward_model and rl.credit == "reward_model"]
+    names = experiment.config.outcomes_alone
     if not names or not experiment.task:
         return {}
     policy = experiment.load(experiment.run / "rl" / names[0] / "model").eval()

@@ -80,9 +80,13 @@ def _of(results: Sequence[dict], name: str) -> list[dict[str, float]]:
 
 
 def _flat(result: dict, prefix: str = "") -> dict[str, float]:
+    """Without lists, which have a number for each prompt."""
     flat: dict[str, float] = {}
     for key, value in result.items():
-        flat |= _flat(value, f"{prefix}{key} ") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key} ")
+        elif not isinstance(value, list):
+            flat[f"{prefix}{key}"] = value
     return flat
 
 

@@ -1,8 +1,8 @@
 """The tables of the page: rows of plain values, made from a collected run."""
 
 import statistics
-from dataclasses import dataclass
 from math import sqrt
+from typing import NamedTuple
 
 from ipvrm_core.method import Method
 from ipvrm_core.trainer.config import Config, Source
@@ -10,13 +10,16 @@ from ipvrm_core.trainer.report.collect import Phase, Run
 from ipvrm_core.trainer.report.plots import window
 
 
-@dataclass(frozen=True)
-class Share:
-    """A share, its difference to the starting policy, and whether that is more than two standard errors."""
+class Change(NamedTuple):
+    """A difference of shares between two policies on the same prompts and half the width of its 95% interval, None
+    where the evaluation did not keep each prompt's share."""
 
-    value: float | None
-    change: float | None = None
-    clear: bool = False
+    mean: float
+    half_width: float | None
+
+    @property
+    def clear(self) -> bool:
+        return self.half_width is not None and abs(self.mean) > self.half_width
 
 
 def sources(config: Config) -> str:
@@ -42,7 +45,9 @@ def _source(source: Source) -> str:
 
 
 def policies(run: Run) -> dict:
-    """{"columns": [(key, title)], "rows": [(name, method, {key: Share}, result)], "prompts": n}; {} without results."""
+    """{"columns": [(key, title)], "rows": [(name, method, {key: share}, {key: Change to the start}, result)],
+    "prompts": n, "against": the policy run that learns from outcomes alone or None, "pairs": [(name, {key: Change to
+    that one})]}; {} without results."""
     results = {key.removeprefix("policy-"): value for key, value in run.evaluation.items() if key.startswith("policy-")}
     if not results:
         return {}
@@ -53,29 +58,38 @@ def policies(run: Run) -> dict:
         ("all_steps_greedy", "all steps right, greedy"),
         ("all_steps", "all steps right, sampled"),
     ]
-    start = results.get("start", {})
+    columns = [column for column in columns if column[0] in present]
+    against = next((name for name in run.config.outcomes_alone if name in results), None)
+    others = [name for name in results if against and name not in ("start", against)]
     return {
-        "columns": [column for column in columns if column[0] in present],
+        "columns": columns,
         "rows": [
             (
                 "start" if name == "start" else f"rl.{name}",
                 method(run.config, name),
-                {key: _share(key, result, {} if name == "start" else start) for key, _ in columns},
+                {key: result.get(key) for key, _ in columns},
+                {} if name == "start" else _changes(result, results.get("start", {}), columns),
                 result,
             )
             for name, result in results.items()
         ],
         "prompts": max(result.get("prompts", 0) for result in results.values()),
+        "against": against and f"rl.{against}",
+        "pairs": [(f"rl.{name}", _changes(results[name], results[against], columns)) for name in others],
     }
 
 
-def _share(key: str, result: dict, start: dict) -> Share:
-    """Standard error with prompts as units, as if the two policies had seen different ones: on the safe side."""
-    value, before = result.get(key), start.get(key)
-    if value is None or before is None:
-        return Share(value)
-    variance = sum(p * (1 - p) / max(1, r.get("prompts", 0)) for p, r in ((value, result), (before, start)))
-    return Share(value, value - before, abs(value - before) > 2 * sqrt(variance))
+def _changes(result: dict, before: dict, columns: list[tuple[str, str]]) -> dict[str, Change]:
+    return {key: _change(key, result, before) for key, _ in columns if {key} <= result.keys() & before.keys()}
+
+
+def _change(key: str, result: dict, before: dict) -> Change:
+    """The interval is of the mean over prompts, by the normal distribution."""
+    values, others = (each.get("by_prompt", {}).get(key, []) for each in (result, before))
+    if len(values) != len(others) or len(values) < 2:
+        return Change(result[key] - before[key], None)
+    differences = [value - other for value, other in zip(values, others, strict=True)]
+    return Change(result[key] - before[key], 1.96 * statistics.stdev(differences) / sqrt(len(differences)))
 
 
 def method(config: Config, name: str) -> str:

@@ -50,20 +50,27 @@ def accuracy(greedy: Sequence[Judged], drawn: Sequence[Judged], k: int, sizes: S
     }
 
 
-def policy_accuracy(experiment: Experiment, model: LanguageModel, examples: Sequence[Example]) -> dict[str, float]:
-    """`accuracy` with k = eval.samples; for a built-in task also all_steps_greedy and all_steps."""
+def policy_accuracy(experiment: Experiment, model: LanguageModel, examples: Sequence[Example]) -> dict:
+    """`accuracy` with k = eval.samples; for a built-in task also all_steps_greedy and all_steps. "by_prompt" has each
+    prompt's own share, for differences between policies on the same prompts.
+    """
     settings, new_tokens = experiment.config.eval, experiment.config.generation.max_new_tokens
     k = settings.samples
     drawing = Drawing(k, settings.temperature, settings.top_p, new_tokens)
     with closing(experiment.sampler(model)) as sampler:
         greedy, greedy_verdicts = experiment.asker.ask(sampler, examples, Drawing(1, 0.0, max_new_tokens=new_tokens))
         drawn, verdicts = experiment.asker.ask(sampler, examples, drawing)
-    result = accuracy(judged(greedy, greedy_verdicts), judged(drawn, verdicts), k)
+    right = {
+        "greedy": [verdict.correct for verdict in greedy_verdicts],
+        f"avg@{k}": [verdict.correct for verdict in verdicts],
+    }
     if experiment.task:
         repeated = [example for example in examples for _ in range(k)]
-        result["all_steps_greedy"] = _all_steps(experiment, examples, greedy)
-        result["all_steps"] = _all_steps(experiment, repeated, drawn)
-    return result
+        right["all_steps_greedy"] = _all_steps(experiment, examples, greedy)
+        right["all_steps"] = _all_steps(experiment, repeated, drawn)
+    by_prompt = {key: _shares(values, len(examples)) for key, values in right.items()}
+    shares = {key: sum(values) / len(values) for key, values in by_prompt.items()}
+    return {**shares, **accuracy(judged(greedy, greedy_verdicts), judged(drawn, verdicts), k), "by_prompt": by_prompt}
 
 
 def benchmark_accuracy(experiment: Experiment, model: LanguageModel) -> dict[str, dict[str, float]]:
@@ -85,9 +92,14 @@ def average(found: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
     return {share: sum(entry[share] for entry in found.values()) / len(found) for share in shares}
 
 
-def _all_steps(experiment: Experiment, examples, samples) -> float:
-    checks = [
+def _shares(right: Sequence[bool], prompts: int) -> list[float]:
+    """Of each prompt's answers, which are contiguous."""
+    k = len(right) // prompts
+    return [sum(right[start : start + k]) / k for start in range(0, len(right), k)]
+
+
+def _all_steps(experiment: Experiment, examples, samples) -> list[bool]:
+    return [
         experiment.task.step_labels(example, experiment.text.decode(sample.response_ids)).first_error == -1
         for example, sample in zip(examples, samples, strict=True)
     ]
-    return sum(checks) / len(checks)
