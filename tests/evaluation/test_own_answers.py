@@ -1,6 +1,7 @@
 """The starting policy's own answers: labelled by the task, and chosen among by a score."""
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 pytest.importorskip("transformers")
 
 from ipvrm_core.objectives.ipvrm import Ipvrm
+from ipvrm_core.trainer.batching import Answer
 from ipvrm_core.trainer.data.tasks import ChainTask
 from ipvrm_core.trainer.evaluation.reward_model import own_answers
 from ipvrm_core.trainer.evaluation.reward_model.judge import judge
 from ipvrm_core.trainer.evaluation.reward_model.own_answers import OwnAnswers, as_traces, best_of_n, sample_own
+from ipvrm_core.trainer.phases.answers import show_answers
 from ipvrm_core.trainer.sampling.base import Sample
 from ipvrm_core.trainer.verify import Verdict
 
@@ -52,6 +55,25 @@ def test_own_answers_become_labelled_traces(written):
     unfinished = own.examples[0].solution.rpartition("#")[0]
     experiment, own = written([[unfinished, "RIGHT"]])
     assert [trace.label for trace in as_traces(experiment, own, 2)] == [-1]
+
+
+def test_pages_of_the_first_answers(written, tiny_model, tmp_path):
+    """One for each answer that can be labelled, its tokens with the policy's own log-probs."""
+    experiment, own = written([["RIGHT", "#VALUE"], ["RIGHT", "RIGHT#"]])
+    policy = experiment.language_model(tiny_model(1))
+    index = show_answers(experiment, replace(own, policy=policy), tmp_path / "answers")
+    links = re.findall(r'href="([^"]+)"', index.read_text())
+    assert links == sorted(path.name for path in index.parent.iterdir() if path != index)
+    views = [
+        json.loads(re.search(r'id="data">(.*?)</script>', (index.parent / link).read_text(), re.DOTALL)[1])
+        for link in links
+    ]
+    assert [len(view) for view in views] == [1] * len(links)
+    assert [view["label"] for (view,) in views] == [trace.label for trace in as_traces(experiment, own, 24)]
+    (right,), texts = views[0], (own.examples[0].prompt, own.examples[0].solution)
+    assert "".join(token["text"] for token in right["tokens"]) == texts[1]
+    answer = Answer(*(experiment.text.tokenizer(text)["input_ids"] for text in texts))
+    assert [token["ours"] for token in right["tokens"]] == pytest.approx(policy.logprobs([answer]).tolist(), abs=1e-5)
 
 
 def test_steps_of_own_answers_are_located(written, tiny_model):

@@ -5,10 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
+from tqdm import tqdm
+
 from ipvrm_core.trainer.batching import Answer
+from ipvrm_core.trainer.evaluation.reward_model.own_answers import OwnAnswers
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.files import write_json
 from ipvrm_core.trainer.metrics import MetricsLog, read_metrics
+from ipvrm_core.trainer.phases.answers import show_answers
 from ipvrm_core.trainer.phases.training import phase_folder
 from ipvrm_core.trainer.sampling.verified import right_share
 from ipvrm_core.trainer.shards import Shards
@@ -28,7 +32,7 @@ class Rollouts:
 
 def run(experiment: Experiment, resume: bool = False) -> None:
     """Sample shard by shard; writes rollout/shards/*.json and their manifest, a line for each in metrics.jsonl, and
-    summary.json."""
+    summary.json; for a built-in task also pages of the first answers."""
     rollout = experiment.config.rollout
     if rollout is None:
         raise ValueError("the configuration has no [rollout] section")
@@ -67,6 +71,9 @@ def run(experiment: Experiment, resume: bool = False) -> None:
                 # The line goes first: without its shard it is dropped when the phase goes on, and both are made again.
                 metrics.log(number + 1, accuracy=right_share(verdicts), answers=len(rows), tokens=sum(lengths))
                 shards.add(number, rows)
+                if number == 0 and experiment.task:
+                    own = OwnAnswers(policy, examples, rollout.samples, samples, verdicts, logprobs_N)
+                    tqdm.write(f"answers token by token: {show_answers(experiment, own, folder / 'answers')}")
         write_json(folder / "summary.json", {**summarize(shards.rows()), **cost(read_metrics(metrics.path))})
 
 
