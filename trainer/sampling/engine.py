@@ -81,6 +81,8 @@ class Engine:
                 **options,
             )
         Engine.running = True
+        if not self.on_gpu:
+            self.ask(_draws_by_its_own_generators)
 
     @property
     def context(self) -> int:
@@ -148,6 +150,15 @@ class Engine:
             with self._asked("wake up"):
                 self.llm.wake_up()
 
+    def stop(self) -> None:
+        """`generate`, which another thread is in, ends with an EngineError after the token in hand."""
+
+        def step():
+            raise RuntimeError("it was stopped")
+
+        if self.llm is not None:
+            self.llm.llm_engine.step = step
+
     def close(self) -> None:
         if self.llm is None:
             return
@@ -172,6 +183,13 @@ def _import():
 
         ops._supports_onednn = False
     return vllm
+
+
+def _draws_by_its_own_generators(worker) -> None:
+    """Without a GPU vLLM draws a number for every token from torch's own generator, for requests with a seed too, and
+    throws it away: a training that goes on in another thread would get others than it should."""
+    sampler = worker.model_runner.sampler.topk_topp_sampler
+    sampler.forward = sampler.forward_native
 
 
 @contextmanager

@@ -37,6 +37,7 @@ class VllmSampler:
         self.base: nn.Module | None = None  # whose base weights the engine has
         self.adapter, self.folder = None, None
         self.awake = True
+        self.generator: torch.Generator | None = None  # that answers are drawn with; None: torch's own
         self.engine = Engine(model, settings, self.dtype, batch=batch, lora_rank=rank)
         self.context, self.positions = self.engine.context, policy.positions
         try:
@@ -50,7 +51,7 @@ class VllmSampler:
     @torch.no_grad()
     def sample(self, prompts: Sequence[list[int]], drawing: Drawing) -> list[Sample]:
         self._wake()
-        seed = int(torch.randint(SEEDS, ()))  # the caller's generator decides, and moves on
+        seed = int(torch.randint(SEEDS, (), generator=self.generator))  # the caller's generator decides, and moves on
         made = self.draw(prompts, drawing, seed)
         return made if drawing.top_p == 1 or drawing.temperature == 0 else self._with_raw_logprobs(made)
 
@@ -68,6 +69,10 @@ class VllmSampler:
         if self.awake:
             self.engine.sleep()
         self.awake = False
+
+    def stop(self) -> None:
+        """End what another thread samples, with an EngineError there; then there is nothing left but to close."""
+        self.engine.stop()
 
     def close(self) -> None:
         self.engine.close()
