@@ -35,6 +35,11 @@ def check_installed(asked: str = "generation.sampler = 'vllm'") -> None:
         )
 
 
+def padded_rank(rank: int) -> int:
+    """vLLM has kernels for some ranks; a smaller adapter runs in the next larger one."""
+    return next((size for size in (0, 8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
+
+
 class Engine:
     """One `vllm.LLM`. What it raises becomes an EngineError; after the first one it is dead.
 
@@ -59,9 +64,7 @@ class Engine:
         if not self.on_gpu:  # nothing to be captured, and no sleep
             options = {"enforce_eager": True}
         if lora_rank:
-            # vLLM has kernels for some ranks; a smaller adapter runs in the next larger one.
-            rank = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= lora_rank), lora_rank)
-            options |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+            options |= {"enable_lora": True, "max_lora_rank": padded_rank(lora_rank), "max_loras": 1}
         name = type(model).__name__
         with self._asked(f"start with {name}"), _left_as_it_was(), tempfile.TemporaryDirectory() as folder:
             vllm = _import()
