@@ -46,6 +46,8 @@ def test_a_batch_survives_json_to_the_bit():
         kept = getattr(again, name)
         assert (kept.equal(value) and kept.dtype == value.dtype) if isinstance(value, torch.Tensor) else kept == value
     assert Collected.from_json(json_of(two_prompts())).due_N is None
+    moved = made.to(torch.device("meta"))
+    assert all(value.is_meta for value in vars(moved).values() if isinstance(value, torch.Tensor))
 
 
 def json_of(batch: Collected) -> dict:
