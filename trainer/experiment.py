@@ -135,9 +135,13 @@ class Experiment(Run):
             return Generate(policy, tokenizer, generation.batch)
         from ipvrm_core.trainer.sampling.vllm import VllmSampler
 
+        return VllmSampler(policy, tokenizer, generation.vllm, batch=generation.batch, dtype=self.engine_dtype)
+
+    @property
+    def engine_dtype(self) -> str:
+        """Of vLLM's weights, where nothing is said: what the policy's layers compute in."""
         low = "bfloat16" in (self.config.model.dtype, {"bf16": "bfloat16"}.get(self.config.precision))
-        dtype = "bfloat16" if low else "float32"
-        return VllmSampler(policy, tokenizer, generation.vllm, batch=generation.batch, dtype=dtype)
+        return "bfloat16" if low else "float32"
 
     def drawing(self, samples: int) -> Drawing:
         """Answers to learn from: of the full distribution, at the run's temperature."""

@@ -15,71 +15,79 @@ STATUS_SECONDS = 20
 
 @dataclass(frozen=True)
 class Job:
-    """One phase: its command-line words and the jobs that must have finished."""
+    """One phase: its command-line words, the jobs that must have finished, and whether it has an engine that samples.
+
+    An engine takes its share of the device as if it were alone there: jobs that have one run one after the other.
+    """
 
     key: str
     words: tuple[str, ...]
     after: tuple[str, ...]
+    engine: bool = False
 
 
 def jobs_of(config: Config) -> list[Job]:
     """sft -> rollout -> rm.* -> rl.* -> eval -> report, as far as the configuration has them."""
     jobs = []
-    start = ()
+    start: tuple[str, ...] = ()
+    vllm = config.generation.sampler == "vllm"
     if config.sft:
-        jobs.append(Job("sft", ("sft",), ()))
+        jobs.append(Job("sft", ("sft",), (), vllm and config.sft.stop_accuracy is not None))
         start = ("sft",)
     if config.rollout:
-        jobs.append(Job("rollout", ("rollout",), start))
+        jobs.append(Job("rollout", ("rollout",), start, vllm))
     for name, rm in config.rm.items():
         jobs.append(Job(f"rm.{name}", ("train-rm", "--name", name), start if rm.data else ("rollout",)))
     for name, rl in config.rl.items():
         needs = (f"rm.{rl.reward_model.name}",) if rl.reward_model else start
-        jobs.append(Job(f"rl.{name}", ("rl", "--name", name), needs))
-    jobs.append(Job("eval", ("eval",), tuple(job.key for job in jobs)))
+        jobs.append(Job(f"rl.{name}", ("rl", "--name", name), needs, vllm))
+    jobs.append(Job("eval", ("eval",), tuple(job.key for job in jobs), vllm))
     jobs.append(Job("report", ("report",), ("eval",)))
     return jobs
 
 
 def run(config: Config, run_folder: Path, parallel: int) -> None:
-    """Run all jobs, at most `parallel` at a time, finished ones skipped. RuntimeError names the job that failed.
+    """Run all jobs, at most `parallel` at a time and of those with an engine one, finished ones skipped. RuntimeError
+    names the job that failed.
 
     Each job's output goes to RUN/logs/<job>.txt; the newest line of every running job is shown from time to time.
     """
     pending = jobs_of(config)
     total = len(pending)
     finished: set[str] = set()
-    running: dict[str, tuple[subprocess.Popen, float]] = {}
+    running: dict[Job, tuple[subprocess.Popen, float]] = {}
+    engines = [job.key for job in pending if job.engine]
+    if parallel > 1 and len(engines) > 1:
+        print(f"{', '.join(engines)}: one at a time, for each has an engine of vLLM on the device", flush=True)
     shown = time.perf_counter()
     logs = run_folder / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     try:
         while pending or running:
-            ready = [job for job in pending if set(job.after) <= finished]
-            for job in ready[: parallel - len(running)]:
+            for job in [job for job in pending if set(job.after) <= finished]:
+                if len(running) == parallel or (job.engine and any(other.engine for other in running)):
+                    continue
                 pending.remove(job)
                 print(
                     f"[{len(finished) + len(running) + 1}/{total}] {job.key} starts, log: {logs / (job.key + '.txt')}",
                     flush=True,
                 )
-                running[job.key] = (_start(job, run_folder, logs, parallel), time.perf_counter())
+                running[job] = (_start(job, run_folder, logs, parallel), time.perf_counter())
             time.sleep(0.2)
             if time.perf_counter() - shown > STATUS_SECONDS:
                 shown = time.perf_counter()
-                for key in running:
-                    print(f"    {_last_line(logs / f'{key}.txt')}", flush=True)
-            for key, (process, began) in list(running.items()):
+                for job in running:
+                    print(f"    {_last_line(logs / f'{job.key}.txt')}", flush=True)
+            for job, (process, began) in list(running.items()):
                 if process.poll() is None:
                     continue
-                del running[key]
+                del running[job]
+                log = logs / f"{job.key}.txt"
                 if process.returncode:
-                    tail = (logs / f"{key}.txt").read_text().splitlines()[-15:]
-                    raise RuntimeError("\n".join([f"{key} failed with exit status {process.returncode}:", *tail]))
-                finished.add(key)
-                print(
-                    f"{key} finished in {time.perf_counter() - began:.0f} s: {_last_line(logs / f'{key}.txt')}",
-                    flush=True,
-                )
+                    tail = log.read_text().splitlines()[-15:]
+                    raise RuntimeError("\n".join([f"{job.key} failed with exit status {process.returncode}:", *tail]))
+                finished.add(job.key)
+                print(f"{job.key} finished in {time.perf_counter() - began:.0f} s: {_last_line(log)}", flush=True)
     finally:
         _end([process for process, _ in running.values()])
 

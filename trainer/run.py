@@ -46,6 +46,10 @@ class Run:
         """Seed torch for one step of one phase."""
         torch.manual_seed(stable_seed(self.config.seed, *names))
 
+    def generator(self, *names) -> torch.Generator:
+        """Draws what torch draws after `seed`; for a thread, since torch's own generator is shared by all of them."""
+        return torch.Generator().manual_seed(stable_seed(self.config.seed, *names))
+
     @cached_property
     def task(self):
         """The built-in task of the training data, or None."""

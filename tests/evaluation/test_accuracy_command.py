@@ -1,6 +1,7 @@
 """`ipvrm accuracy`: a small model on a file, whole or killed in between, and best-of-n on what it kept."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -137,6 +138,12 @@ def test_refusals(given, tmp_path, capsys, more, parts):
     said = capsys.readouterr().err
     assert all(part in said for part in parts), said
     assert not (tmp_path / "r.json.parts/00000.json").exists()
+
+
+@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_a_sampler_that_is_not_installed(given, tmp_path, capsys):
+    assert cli.main([*given, "--out", str(tmp_path / "r.json"), "--sampler", "vllm"]) == 2
+    assert "--sampler vllm needs the package vllm, which is not installed" in capsys.readouterr().err
 
 
 def test_answers_to_longer_chats_are_not_kept(given, tmp_path, capsys):

@@ -82,6 +82,44 @@ def test_jobs_run_after_what_they_need(tiny_config, tmp_path, faked, parallel):
         assert all(order.index(need) < order.index(job.key) for need in job.after)
 
 
+VLLM = {"generation": {"max_new_tokens": 12, "sampler": "vllm"}}
+
+
+def test_jobs_with_an_engine_run_one_at_a_time(tiny_config, tmp_path, faked, capsys):
+    """Reward models beside them: rm.a needs no engine, rl.plain and rl.dist have one each."""
+    sections = {**FULL, "rl": {**FULL["rl"], "dist": {"reward_model": {"name": "a"}}}}
+    config = tiny_config(**sections, **VLLM)
+    engines = {"rollout", "rl.plain", "rl.dist", "eval"}
+    assert {job.key for job in jobs_of(config) if job.engine} == engines
+    assert not any(job.engine for job in jobs_of(tiny_config(**FULL)))
+    started = faked(dict.fromkeys([*engines, "rm.b"], "exec sleep 0.7"))
+    alive, start = [], pipeline._start
+
+    def starts(job, *given):
+        alive.append((job.key, {key for key, _, process in started if process.poll() is None}))
+        return start(job, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "_start", starts)
+        pipeline.run(config, tmp_path, 3)
+    assert sorted(key for key, _ in alive) == sorted(job.key for job in jobs_of(config))
+    for key, others in alive:
+        assert key not in engines or not others & engines
+    assert "rm.b" in dict(alive)["rl.plain"]  # what has none runs beside it
+    assert "rollout, rl.plain, rl.dist, eval: one at a time" in capsys.readouterr().out
+
+
+def test_fine_tuning_has_an_engine_where_it_is_checked(tiny_config):
+    assert [job_of(tiny_config(sft=sft, rl={"x": {}}, **VLLM)).engine for sft in ({}, {"stop_accuracy": 0.5})] == [
+        False,
+        True,
+    ]
+
+
+def job_of(config, key: str = "sft"):
+    return next(job for job in jobs_of(config) if job.key == key)
+
+
 def test_a_failure_is_named_with_its_last_lines_and_ends_the_others(tiny_config, tmp_path, faked):
     started = faked({"rm.a": "sleep 0.3; echo the reason; exit 3", "rm.b": "exec sleep 60"})
     with pytest.raises(RuntimeError, match=r"rm\.a failed with exit status 3:\n(.*\n)*the reason"):

@@ -116,6 +116,45 @@ def test_moments_that_wait_on_the_cpu_are_not_on_a_gpu():
         assert found["rl.distrl", STEP].parts["optimiser"] == step * numbers
 
 
+GPU, VLLM = torch.device("cuda"), {"sampler": "vllm", "max_new_tokens": 16, "vllm": {"cache_gib": 0.25}}
+
+
+@pytest.mark.parametrize(
+    ("device", "ahead", "asleep"), [(GPU, False, True), (GPU, True, False), (CPU, False, False)], ids=str
+)
+def test_an_engine_by_hand(device, ahead, asleep):
+    """V = 19 is 64 rows there. It sleeps while models learn: on a GPU, unless it samples the next batch meanwhile."""
+    rl = {"grpo": {**BASE["rl"]["grpo"], "ahead": ahead}}
+    sections = {"generation": VLLM, "rl": rl, "sft": {**BASE["sft"], "stop_accuracy": 0.5}}
+    found = peaks("sft", "rollout", "rm.prefix", "rl.grpo", "eval", device=device, **sections)
+    held = {"engine's weights": 4 * (size()[0] + (64 - 19) * 32), "engine's cache": 2**28}
+    nothing = dict.fromkeys(held, 0)
+    for (phase, name), peak in found.items():
+        learns = name != "sampling" and phase in ("sft", "rl.grpo")
+        sleeps = learns and (asleep or (phase == "sft" and device == GPU))
+        expected = nothing if phase == "rm.prefix" or sleeps else held
+        assert {part: peak.parts[part] for part in held} == expected, (phase, name)
+        assert peak.total == peak.models + sum(expected.values())
+    sampling = {phase: peak for (phase, name), peak in found.items() if name == "sampling"}
+    assert sampling.keys() == {"sft", "rollout", "rl.grpo", "eval"}
+    for peak in sampling.values():
+        assert peak.parts["KV cache"] == 0
+        assert not peak.can_be_made
+    rotary = 2 * 8 * 4
+    assert sampling["rl.grpo"].models == sampling["sft"].models == 12 * size()[0] + rotary  # weights and moments
+
+
+def test_an_engine_in_bfloat16_with_room_for_adapters():
+    """Rank 4 runs in 8: at the seven layers, the head and the embedding."""
+    found = peaks("rl.grpo", generation={**VLLM, "vllm": {"dtype": "bfloat16"}}, **model(lora=LORA))
+    numbers = size()[0] + (64 - 19) * 32 + size(8)[1] + 2 * 8 * (19 + 32)
+    assert found["rl.grpo", "sampling"].parts["engine's weights"] == 2 * numbers
+
+
+def test_no_engine_without_vllm():
+    assert "engine's weights" not in peaks("rl.grpo")["rl.grpo", "sampling"].parts
+
+
 def test_the_cache_of_a_sampler_by_hand():
     """Keys and values of one layer of width 32, float32, for 72 answers of at most prompt + 15 tokens."""
     config = check(BASE)

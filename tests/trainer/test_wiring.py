@@ -230,10 +230,14 @@ def test_the_reward_model_learns_in_training_mode_and_scores_in_evaluation_mode(
             "after",
             ["collect", "rest", "old_policy", "correct", "assign", "update_policy", "update_reward_model", "sync"],
         ),
+        ("none", ["take", "old_policy", "correct", "assign", "update_policy", "wait", "sync"]),
     ],
+    ids=["none", "before", "after", "ahead"],
 )
 def test_the_order_of_a_step(tiny_config, monkeypatch, update, order):
-    """Whoever samples rests while models learn and hears of every update; the reward model learns when it is said."""
+    """Whoever samples rests while models learn and hears of every update; the reward model learns when it is said. Who
+    samples the next batch meanwhile does not rest, and hears of the update when it is done.
+    """
     done, batch = [], two_prompts()
     old = SimpleNamespace(logprobs_N=None, cu_seqlens=None)
     results = {"collect": batch, "old_policy": old, "correct": (None, {}), "assign": batch}
@@ -246,8 +250,12 @@ def test_the_order_of_a_step(tiny_config, monkeypatch, update, order):
         rest=lambda: done.append("rest"), sync=lambda given: done.append("sync") if given is policy else None
     )
     learner = Learner("x", rl, rl.resolved(), policy, sampler, {"policy": None, "reward_model": None}, object())
-    rl_step(SimpleNamespace(seed=lambda *_: None), learner, 1, 0, lambda *_, **__: None)
+    if "take" in order:
+        learner.ahead = SimpleNamespace(take=lambda *_: done.append("take") or batch, wait=lambda: done.append("wait"))
+    experiment = SimpleNamespace(seed=lambda *_: None, device="cpu")
+    _, numbers = rl_step(experiment, learner, 1, 0, lambda *_, **__: None)
     assert done == order
+    assert numbers["staleness"] == 0
 
 
 @pytest.mark.parametrize(

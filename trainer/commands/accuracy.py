@@ -22,6 +22,15 @@ def add(commands) -> None:
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--max-new-tokens", type=int, default=1024)
     parser.add_argument("--batch", type=int, default=64, help="sequences at once, and problems a resumable part")
+    parser.add_argument(
+        "--sampler",
+        choices=("generate", "vllm"),
+        default="generate",
+        help="who answers: transformers' generate, or vLLM (the extra vllm), which holds the weights a second time",
+    )
+    parser.add_argument(
+        "--cache-gib", type=float, default=4.0, help="vLLM's memory for keys and values (generation.vllm.cache_gib)"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--system-prompt", help="first message, where the tokenizer has a chat template")
     parser.add_argument(
@@ -51,13 +60,13 @@ def add(commands) -> None:
 
 
 def run(options) -> None:
+    from contextlib import closing
     from dataclasses import asdict
 
     from ipvrm_core.trainer.data.sources import by_group, read_source
     from ipvrm_core.trainer.evaluation.policy import sampled_answers
     from ipvrm_core.trainer.evaluation.token_scores import length_limit, load_language_model
     from ipvrm_core.trainer.files import remove_folder, write_json, write_text
-    from ipvrm_core.trainer.sampling.generate import Generate
     from ipvrm_core.trainer.sampling.verified import Asker
     from ipvrm_core.trainer.text import Text
     from ipvrm_core.trainer.verify import make_verifier
@@ -65,11 +74,13 @@ def run(options) -> None:
     source = _source(options)
     names = ("samples", "temperature", "top_p", "max_new_tokens", "batch", "seed")
     sampling = sampled_answers.Sampling(**{name: getattr(options, name) for name in names})
-    origin = {name: getattr(options, name) for name in ("model", "dtype", "system_prompt", "verifier", "unfinished")}
+    told = ("model", "dtype", "sampler", "system_prompt", "verifier", "unfinished")
+    origin = {name: getattr(options, name) for name in told}
     origin |= {"data": source.model_dump(exclude_defaults=True), "sampling": asdict(sampling)}
     origin["files"] = {**_data_files(source), **model_files(model=options.model)}
     parts = options.out.with_name(f"{options.out.name}.parts")
     _check_old(options, parts, origin["files"])
+    engine = _engine(options)
 
     groups = by_group(source, options.preset or Path(options.data).stem, read_source(source))
     if options.answers:
@@ -79,8 +90,8 @@ def run(options) -> None:
     tokenizer, model = load_language_model(options.model, options.dtype, options.device)
     with make_verifier(options.verifier, max_errors=options.max_errors) as verifier:
         asker = Asker(Text(tokenizer, options.system_prompt), verifier, options.unfinished)
-        sampler = Generate(model, tokenizer, sampling.batch)
-        made = sampled_answers.sample_parts(parts, asker, sampler, groups, sampling, origin, length_limit(model))
+        with closing(_sampler(engine, model, tokenizer, sampling.batch, options.dtype)) as sampler:
+            made = sampled_answers.sample_parts(parts, asker, sampler, groups, sampling, origin, length_limit(model))
     result = {"origin": origin, **sampled_answers.summarise(made, sampling.samples)}
     if options.answers:
         options.answers.parent.mkdir(parents=True, exist_ok=True)
@@ -89,6 +100,27 @@ def run(options) -> None:
     write_json(options.out, result)
     remove_folder(parts)
     print(sampled_answers.markdown(result))
+
+
+def _engine(options):
+    """The settings of vLLM's engine, None without one; ConfigError where there could be none."""
+    from ipvrm_core.trainer.config import Vllm, check
+    from ipvrm_core.trainer.sampling.engine import check_installed
+
+    if options.sampler != "vllm":
+        return None
+    check_installed("--sampler vllm")
+    return check({"cache_gib": options.cache_gib}, "--cache-gib", Vllm)
+
+
+def _sampler(engine, model, tokenizer, batch: int, dtype: str):
+    from ipvrm_core.trainer.sampling.generate import Generate
+
+    if engine is None:
+        return Generate(model, tokenizer, batch)
+    from ipvrm_core.trainer.sampling.vllm import VllmSampler
+
+    return VllmSampler(model, tokenizer, engine, batch=batch, dtype=dtype)
 
 
 def _source(options):

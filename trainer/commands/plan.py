@@ -20,6 +20,10 @@ GPUS = {  # about what torch says the card has, in GiB
     "T4": 14.6,
     "V100-32": 31.7,
 }
+ENGINE = (
+    "Not counted of vLLM's engine, and not to be measured here: its activations, its CUDA graphs, and what it keeps on "
+    "the GPU when it sleeps. Asleep its weights are in the host's memory. --measure makes passes without an engine."
+)
 CONTEXT = 0.8  # GiB: the CUDA context, cuBLAS's workspace and what the allocator rounds up; assumed, not measured
 
 
@@ -51,7 +55,7 @@ def run(options) -> None:
     from ipvrm_core.trainer.commands.options import quiet
     from ipvrm_core.trainer.config import ConfigError
     from ipvrm_core.trainer.files import write_json
-    from ipvrm_core.trainer.plan.estimate import STEP, estimate
+    from ipvrm_core.trainer.plan.estimate import estimate
     from ipvrm_core.trainer.plan.measure import measure
     from ipvrm_core.trainer.plan.passes import phases
     from ipvrm_core.trainer.plan.sizes import longest
@@ -74,11 +78,13 @@ def run(options) -> None:
             path = Path(folder) / "config.json"
             path.write_text(config.model_dump_json())
             for peak in peaks:
-                if peak.name != STEP:
+                if peak.can_be_made:
                     measured[peak.phase, peak.name] = measure(path, sizes, peak.phase, peak.name)
     print(table(peaks, measured))
     print()
     print(verdict(peaks, options.memory or GPUS.get(options.gpu)))
+    if config.generation.sampler == "vllm":
+        print(ENGINE)
     if options.json:
         rows = [
             {"phase": peak.phase, "pass": peak.name, "bytes": peak.total, "parts": peak.parts}
@@ -95,7 +101,7 @@ def table(peaks, measured) -> str:
     for peak in peaks:
         line = [peak.phase, peak.name, *(f"{size / MIB:,.0f}" for size in (*peak.parts.values(), peak.total))]
         if found := measured.get((peak.phase, peak.name)):
-            line += [f"{found / MIB:,.0f}", f"{peak.total / found:.3f}"]
+            line += [f"{found / MIB:,.0f}", f"{peak.models / found:.3f}"]
         lines.append(line + [""] * (len(lines[0]) - len(line)))
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     sides = [str.ljust] * 2 + [str.rjust] * (len(widths) - 2)

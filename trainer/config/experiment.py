@@ -59,6 +59,21 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _who_samples_ahead(self):
+        for name in [name for name, rl in self.rl.items() if rl.ahead]:
+            if self.generation.sampler != "vllm":
+                raise ValueError(
+                    f"rl.{name}.ahead = true needs generation.sampler = 'vllm', whose engine has weights of its own: "
+                    f"transformers' generate reads the ones that are being updated; got {self.generation.sampler!r}"
+                )
+            if self.rl[name].correction.level == "none":
+                raise ValueError(
+                    f"rl.{name}.ahead = true needs rl.{name}.correction.level = 'token' or 'sequence': the answers are "
+                    "of weights an update old, and the loss would take them for the policy's own; got 'none'"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _sections_are_there(self):
         """Nothing but reward models on chats of their own can do without data and test."""
         sft = self.sft is not None

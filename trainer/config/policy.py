@@ -109,6 +109,11 @@ class Rl(Section):
         description="of problems, answers and minibatches: equal for runs that are to be compared, another for a "
         "repetition; None: the run's name is one",
     )
+    ahead: bool = Field(
+        False,
+        description="sample the next batch while the policy learns from this one, with the weights before that update: "
+        'for generation.sampler = "vllm", and what correction is for (docs/vllm.md)',
+    )
     correction: Correction = Correction()
     steps: Positive = Field(100, description="batches of rollouts that are learnt from")
     epochs: Positive = Field(1, description="passes over a batch of rollouts")

@@ -8,6 +8,7 @@ from ipvrm_core.trainer.config import Rl
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.optim import make_optimizer
 from ipvrm_core.trainer.phases.training import Training, phase_folder
+from ipvrm_core.trainer.rl.ahead import Ahead
 from ipvrm_core.trainer.rl.collect import Collected
 from ipvrm_core.trainer.rl.step import Learner, rl_step
 from ipvrm_core.trainer.roles import roles
@@ -40,9 +41,14 @@ def run(experiment: Experiment, name: str, resume: bool = False) -> None:
         )
         todo.callback(learner.sampler.close)
         learner.sampler.sync(learner.policy)  # the weights may be a checkpoint's
+        if rl.ahead:
+            kept = training.state.get("ahead")
+            learner.ahead = todo.enter_context(Ahead(experiment, learner, learner.sampler, kept))
         for step in training.steps():
             batch, numbers = rl_step(experiment, learner, step, training.state["cursor"], training.uses)
             training.state["cursor"] = batch.cursor
+            if learner.ahead:
+                training.state["ahead"] = learner.ahead.to_json()
             training.log(step, **numbers)
             _note_skipped(training, rl, step, batch)
         if "reward_model" in models:

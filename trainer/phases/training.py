@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from copy import deepcopy
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,7 +50,8 @@ class Training:
     """`for step in training.steps(): training.uses(...); ...; training.log(...)`, then `training.finish(...)`.
 
     After every `checkpoint_every` steps the models, optimisers and `state` are saved. `state` is a JSON dict of
-    whatever else the phase must remember (a data cursor); setting state["stopped"] ends the steps early.
+    whatever else the phase must remember (a data cursor), whose values are replaced and never changed in place; setting
+    state["stopped"] ends the steps early.
 
     It is a context. Asked to end, it saves what the last whole step left, unless the weights have moved on from there:
     then the step is finished first (`ending`). A loss that is no number or beyond LOSS_LIMIT, and weights that have
@@ -78,7 +78,7 @@ class Training:
         restored = checkpoint.load(folder, models, optimizers)
         self.saved = self.done = self.step = restored.pop("step") if restored else 0
         self.state.update(restored or {})
-        self.whole = deepcopy(self.state)  # after step `done`
+        self.whole = dict(self.state)  # after step `done`
         self.moved = False  # the weights are no longer those after step `done`
         for optimizer in optimizers.values():
             optimizer.register_step_pre_hook(self._moves)
@@ -100,7 +100,7 @@ class Training:
                 return
             self.step = step
             yield step
-            self.done, self.whole = step, deepcopy(self.state)
+            self.done, self.whole = step, dict(self.state)
             last = step == self.total or self.state.get("stopped")
             if step % self.experiment.config.checkpoint_every == 0 or last:
                 self._save()

@@ -12,6 +12,7 @@ from ipvrm_core.trainer import models
 from ipvrm_core.trainer.config import Config
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.language_model import LanguageModel
+from ipvrm_core.trainer.sampling.generate import Generate
 from ipvrm_core.trainer.text import Text
 
 
@@ -48,6 +49,10 @@ class Blank(Experiment):
 
     def prepared(self, model: nn.Module) -> nn.Module:
         return model if self.fake else super().prepared(model)  # it is tried on two sequences, which takes values
+
+    def sampler(self, policy: LanguageModel) -> Generate:
+        """Nobody samples, and no engine starts."""
+        return Generate(policy, self.tokenizer)
 
     def _scores_values(self, folder: Path) -> bool:
         """Whether rm/<name>/... is a model with a value head."""

@@ -16,6 +16,7 @@ from ipvrm_core.heads import causal_lm
 from ipvrm_core.trainer.batching import TokenBatch
 from ipvrm_core.trainer.config import Config
 from ipvrm_core.trainer.plan.blank import Blank
+from ipvrm_core.trainer.plan.engine import CACHE, WEIGHTS
 from ipvrm_core.trainer.plan.passes import Pass, Phase, Sizes, moved, phases
 from ipvrm_core.trainer.plan.tracker import HEAD, OTHER, Tracker
 from ipvrm_core.trainer.sampling.generate import _KeepLogprobs
@@ -31,10 +32,16 @@ class Peak:
     phase: str
     name: str
     parts: dict[str, int]
+    can_be_made: bool = True  # by `measure`, which has no engine
 
     @property
     def total(self) -> int:
         return sum(self.parts.values())
+
+    @property
+    def models(self) -> int:
+        """Without vLLM's engine."""
+        return sum(self.parts[part] for part in PARTS)
 
     @property
     def largest(self) -> str:
@@ -59,10 +66,19 @@ def estimate(
             tracker.label("optimiser", [*moments, *_copies(phase)])
             for name, each in phase.passes.items():
                 tracker.restart()
-                peaks.append(Peak(phase_name, name, _run(mode, tracker, phase, each)))
+                parts = _run(mode, tracker, phase, each) | _beside(config, phase, each.kind == "engine", device)
+                peaks.append(Peak(phase_name, name, parts, each.kind != "engine"))
             if phase.optimizers:
-                peaks.append(Peak(phase_name, STEP, _step(phase, device)))
+                parts = _step(phase, device) | _beside(config, phase, False, device)
+                peaks.append(Peak(phase_name, STEP, parts, False))
     return peaks
+
+
+def _beside(config: Config, phase: Phase, sampling: bool, device: torch.device) -> dict[str, int]:
+    """The engine's parts, which all passes of a run with vLLM have."""
+    if phase.engine:
+        return phase.engine.beside(sampling, device)
+    return dict.fromkeys((WEIGHTS, CACHE), 0) if config.generation.sampler == "vllm" else {}
 
 
 @contextmanager
@@ -78,7 +94,9 @@ def _unmoved() -> Iterator[None]:
 
 def _run(mode: FakeTensorMode, tracker: Tracker, phase: Phase, each: Pass) -> dict[str, int]:
     each.model.train(each.kind == "train")
-    if each.kind == "generate":
+    if each.kind == "engine":
+        parts: dict[str, int] = tracker.peak
+    elif each.kind == "generate":
         cached = _generate(tracker, each)
         parts = {**tracker.peak, "KV cache": cached}
         parts[OTHER] = tracker.most - sum(size for part, size in parts.items() if part != OTHER)

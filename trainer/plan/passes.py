@@ -19,7 +19,9 @@ from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.models import add_value_head
 from ipvrm_core.trainer.optim import make_optimizer
 from ipvrm_core.trainer.phases.rl import make_learner
+from ipvrm_core.trainer.phases.sft import CHECK_PROMPTS
 from ipvrm_core.trainer.plan.blank import Blank
+from ipvrm_core.trainer.plan.engine import Engine
 
 
 class Sizes(NamedTuple):
@@ -30,7 +32,8 @@ class Sizes(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """train: batch -> loss, for forward and backward; score: batch -> anything, without a gradient; generate: None."""
+    """train: batch -> loss, for forward and backward; score: batch -> anything, without a gradient; generate: None;
+    engine: None, what vLLM takes to sample being the phase's `engine`."""
 
     kind: str
     model: LanguageModel
@@ -62,6 +65,7 @@ class Phase:
     models: list[LanguageModel]
     passes: dict[str, Pass]
     optimizers: list[torch.optim.Optimizer] = field(default_factory=list)
+    engine: Engine | None = None
 
     def weights(self) -> list[Tensor]:
         """Each once, however many models share it."""
@@ -95,15 +99,21 @@ def phases(config: Config, sizes: dict[str, Sizes]) -> Makers:
 
 def _sft(blank: Blank, sizes: Sizes) -> Phase:
     model = blank.trainable(blank.base_model(), "sft").train()
-    train = Pass("train", model, sizes, blank.config.sft.batch, lambda batch: model.batch_logprobs(batch).sum())
-    return Phase([model], {"forward and backward": train}, [make_optimizer(model.model, blank.config.sft.optim)])
+    sft = blank.config.sft
+    train = Pass("train", model, sizes, sft.batch, lambda batch: model.batch_logprobs(batch).sum())
+    optimizer, engine = make_optimizer(model.model, sft.optim), _engine(blank, model) if sft.stop_accuracy else None
+    passes = {"forward and backward": train}
+    if engine:
+        passes["sampling"] = _sampling(blank, model, sizes, CHECK_PROMPTS)
+    return Phase([model], passes, [optimizer], engine)
 
 
 def _rollout(blank: Blank, sizes: Sizes) -> Phase:
     model, rollout = blank.start_policy().eval(), blank.config.rollout
     answers = rollout.batch * rollout.samples
     score = Pass("score", model, sizes, answers, model.batch_logprobs)
-    return Phase([model], {"sampling": _sampling(blank, model, sizes, answers), "log-probs": score})
+    passes = {"sampling": _sampling(blank, model, sizes, answers), "log-probs": score}
+    return Phase([model], passes, engine=_engine(blank, model, rests=False))
 
 
 def _reward_model(blank: Blank, name: str, sizes: Sizes) -> Phase:
@@ -138,7 +148,8 @@ def _rl(blank: Blank, name: str, sizes: Sizes) -> Phase:
 
     learner.policy.train()
     passes["update of the policy"] = Pass("train", learner.policy, sizes, min(rl.minibatch, kept), loss)
-    return Phase(present, passes, list(learner.optimizers.values()))
+    engine = _engine(blank, learner.policy, rests=not rl.ahead)
+    return Phase(present, passes, list(learner.optimizers.values()), engine)
 
 
 def _eval(blank: Blank, sizes: Sizes) -> Phase:
@@ -146,11 +157,21 @@ def _eval(blank: Blank, sizes: Sizes) -> Phase:
     config = blank.config
     present = [blank.start_policy().eval() for _ in range(3 if config.rm and config.task else 1)]
     answers = config.eval.prompts * config.eval.samples
-    return Phase(present, {"sampling": _sampling(blank, present[0], sizes, answers)})
+    passes = {"sampling": _sampling(blank, present[0], sizes, answers)}
+    return Phase(present, passes, engine=_engine(blank, present[0], rests=False))
 
 
 def _sampling(blank: Blank, model: LanguageModel, sizes: Sizes, answers: int) -> Pass:
-    return Pass("generate", model, sizes, min(answers, blank.config.generation.batch))
+    generation = blank.config.generation
+    kind = "engine" if generation.sampler == "vllm" else "generate"
+    return Pass(kind, model, sizes, min(answers, generation.batch))
+
+
+def _engine(blank: Blank, policy: LanguageModel, *, rests: bool = True) -> Engine | None:
+    generation = blank.config.generation
+    if generation.sampler != "vllm":
+        return None
+    return Engine.of(policy.model, generation.vllm, blank.engine_dtype, rests=rests)
 
 
 def _scores_backward(model: LanguageModel, sizes: Sizes, answers: int, values: bool) -> Pass:

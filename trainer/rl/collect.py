@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -39,7 +39,9 @@ class Group(NamedTuple):
 
 @dataclass(frozen=True)
 class Collected:
-    """B = kept prompts x rollouts answers, groups contiguous; none where there is nothing to learn from."""
+    """B = kept prompts x rollouts answers, groups contiguous; none where there is nothing to learn from. On the CPU
+    until it is moved.
+    """
 
     answers: list[Answer]
     rewards_B: Tensor  # 0/1 float32
@@ -49,10 +51,27 @@ class Collected:
     numbers: dict[str, float]
     sampler_logprobs_N: Tensor | None = None  # of the tokens, by whoever sampled them; None: it is not known
     due_N: Tensor | None = None  # the token that a built-in task demands, -1 where it leaves it open
+    staleness: int = 0  # updates of the policy since it sampled the answers
 
     def outcome(self, method: Method) -> Tensor:
         """The advantage of each whole answer: [B]."""
         return answer_advantages(self.rewards_B, self.groups_B, method.outcome)
+
+    def to(self, device: torch.device) -> "Collected":
+        return replace(self, **{name: tensor.to(device) for name, tensor in self._tensors().items()})
+
+    def to_json(self) -> dict:
+        """In JSON's types, and exactly: a float32 is a float."""
+        return {**vars(self), **{name: tensor.tolist() for name, tensor in self._tensors().items()}}
+
+    @classmethod
+    def from_json(cls, kept: dict) -> "Collected":
+        answers = [Answer(*each) for each in kept["answers"]]
+        tensors = {name: torch.tensor(kept[name]) for name in kept if name.endswith(("_B", "_N")) and kept[name]}
+        return cls(**{**kept, "answers": answers, **tensors})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
 
 def collect(experiment: Experiment, sampler: Sampler, batch: Batch, cursor: int, stream: str = "rl") -> Collected:
@@ -81,12 +100,12 @@ def collect(experiment: Experiment, sampler: Sampler, batch: Batch, cursor: int,
     statuses = Counter(verdict.status for group in groups for verdict in group.verdicts)
     return Collected(
         answers=[Answer(sample.prompt_ids, sample.response_ids) for group in kept for sample in group.samples],
-        rewards_B=rewards_GS.flatten().to(experiment.device),
-        groups_B=torch.arange(len(kept)).repeat_interleave(batch.rollouts).to(experiment.device),
-        group_mean_B=rewards_GS.mean(1).repeat_interleave(batch.rollouts).to(experiment.device),
+        rewards_B=rewards_GS.flatten(),
+        groups_B=torch.arange(len(kept)).repeat_interleave(batch.rollouts),
+        group_mean_B=rewards_GS.mean(1).repeat_interleave(batch.rollouts),
         cursor=cursor,
         sampler_logprobs_N=torch.tensor(
-            [value for group in kept for sample in group.samples for value in sample.logprobs], device=experiment.device
+            [value for group in kept for sample in group.samples for value in sample.logprobs]
         ),
         due_N=_due(experiment, kept),
         numbers={
@@ -110,7 +129,7 @@ def _due(experiment: Experiment, kept: Sequence[Group]) -> Tensor | None:
         return None
     examples = [group.example for group in kept for _ in group.samples]
     responses = [sample.response_ids for group in kept for sample in group.samples]
-    return due_tokens(experiment.task, experiment.text, examples, responses).to(experiment.device)
+    return due_tokens(experiment.task, experiment.text, examples, responses)
 
 
 def _round_numbers(groups: Sequence[Group]) -> dict[str, float]:

@@ -4,8 +4,9 @@
     w = min(r, c)   (cap)      w = r where r <= c, else 0   (mask)
 
 mu: the log-probs that the sampler gave with the answer; pi_old: the trainer's own before the update, which the clipped
-ratio is relative to. An engine of other kernels, or of weights that are a step old, samples from mu, and the plain loss
-takes the answers for samples of pi_old. Truncated importance sampling: Ionides, 2008; for engines Yao et al., 2025.
+ratio is relative to. An engine of other kernels, or of weights that are an update old (rl.<name>.ahead), samples from
+mu, and the plain loss takes the answers for samples of pi_old. Truncated importance sampling: Ionides, 2008; for
+engines Yao et al., 2025; a pi_old that did not sample: decoupled PPO, Hilton et al., 2021.
 
 Shape letters: N packed response tokens, B answers.
 """

@@ -1,4 +1,5 @@
-"""The old-policy pass: log-probs of the sampled tokens and the candidates under the policy that sampled the batch.
+"""The old-policy pass: log-probs of the sampled tokens and the candidates under the policy before its update, which
+sampled the batch or, with `ahead`, is one update on from the one that did.
 
 Shape letters: N packed response tokens, B answers, S = 1 + K slots.
 """

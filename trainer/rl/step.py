@@ -10,6 +10,7 @@ from ipvrm_core.objectives import Objective
 from ipvrm_core.trainer.config import Rl
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.language_model import LanguageModel
+from ipvrm_core.trainer.rl.ahead import Ahead
 from ipvrm_core.trainer.rl.collect import Collected, collect
 from ipvrm_core.trainer.rl.correction import correct
 from ipvrm_core.trainer.rl.credit import assign
@@ -32,6 +33,16 @@ class Learner:
     reward_model: LanguageModel | None = None
     objective: Objective | None = None
     reference: LanguageModel | None = None
+    ahead: Ahead | None = None  # rl.<name>.ahead: who samples the next batch while this one is learnt from
+
+    def seed(self, step: int) -> tuple:
+        """What everything that is drawn in a step depends on, besides the run's own seed."""
+        return "rl", self.name if self.rl.seed is None else self.rl.seed, step
+
+    @property
+    def stream(self) -> str:
+        """Of the training examples."""
+        return "rl" if self.rl.seed is None else f"rl {self.rl.seed}"
 
 
 def rl_step(
@@ -42,11 +53,17 @@ def rl_step(
     cursor: the next unused training example. uses: is told what the step trains on. Returns the batch and the numbers.
     """
     rl, method = learner.rl, learner.method
-    experiment.seed("rl", learner.name if rl.seed is None else rl.seed, step)
-    batch = collect(experiment, learner.sampler, rl.batch, cursor, "rl" if rl.seed is None else f"rl {rl.seed}")
+    experiment.seed(*learner.seed(step))
+    if learner.ahead:
+        batch = learner.ahead.take(step, cursor)
+    else:
+        batch = collect(experiment, learner.sampler, rl.batch, cursor, learner.stream)
+    numbers = {**batch.numbers, "staleness": batch.staleness}
     if not batch.answers:
-        return batch, batch.numbers
-    learner.sampler.rest()
+        return batch, numbers
+    batch = batch.to(experiment.device)
+    if not learner.ahead:
+        learner.sampler.rest()
     uses(batch.answers, rewards=batch.rewards_B.tolist(), groups=batch.groups_B.tolist())
 
     old = old_policy(learner.policy, method, batch.answers)
@@ -75,5 +92,7 @@ def rl_step(
     )
     if schedule == "after":
         rm_numbers = update_rm()
+    if learner.ahead:
+        learner.ahead.wait()
     learner.sampler.sync(learner.policy)
-    return batch, {**batch.numbers, **mismatch, **rm_numbers, **credit.numbers, **policy_numbers}
+    return batch, {**numbers, **mismatch, **rm_numbers, **credit.numbers, **policy_numbers}

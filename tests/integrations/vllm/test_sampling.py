@@ -68,6 +68,18 @@ def test_equal_seeds_give_equal_answers_and_others_do_not(sampler):
     assert [sample.response_ids for sample in other] != [sample.response_ids for sample in first]
 
 
+def test_a_generator_of_its_own_draws_the_same_and_leaves_torchs_alone(sampler):
+    torch.manual_seed(3)
+    given = sampler.sample(PROMPTS, cases.DRAWN)
+    before = torch.get_rng_state()
+    sampler.generator = torch.Generator().manual_seed(3)
+    try:
+        assert sampler.sample(PROMPTS, cases.DRAWN) == given
+    finally:
+        sampler.generator = None
+    assert torch.get_rng_state().equal(before)
+
+
 def test_no_two_answers_share_their_random_numbers(sampler):
     """Equal prompts side by side: answers of equal seeds would be equal."""
     torch.manual_seed(0)
