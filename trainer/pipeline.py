@@ -46,14 +46,22 @@ def jobs_of(config: Config) -> list[Job]:
     return jobs
 
 
+def chains(jobs: list[Job]) -> dict[str, int]:
+    """How many jobs wait for each, one after the other: the longest chain is what the end of all waits for."""
+    found: dict[str, int] = {}
+    for job in reversed(jobs):  # no job stands before one that it needs
+        found[job.key] = max((found[other.key] + 1 for other in jobs if job.key in other.after), default=0)
+    return found
+
+
 def run(config: Config, run_folder: Path, parallel: int) -> None:
-    """Run all jobs, at most `parallel` at a time and of those with an engine one, finished ones skipped. RuntimeError
-    names the job that failed.
+    """Run all jobs, at most `parallel` at a time and of those with an engine one, finished ones skipped; of those that
+    can start, the one first that the longest chain waits for. RuntimeError names the job that failed.
 
     Each job's output goes to RUN/logs/<job>.txt; the newest line of every running job is shown from time to time.
     """
     pending = jobs_of(config)
-    total = len(pending)
+    total, waiting = len(pending), chains(pending)
     finished: set[str] = set()
     running: dict[Job, tuple[subprocess.Popen, float]] = {}
     engines = [job.key for job in pending if job.engine]
@@ -64,7 +72,9 @@ def run(config: Config, run_folder: Path, parallel: int) -> None:
     logs.mkdir(parents=True, exist_ok=True)
     try:
         while pending or running:
-            for job in [job for job in pending if set(job.after) <= finished]:
+            ready = [job for job in pending if set(job.after) <= finished]
+            beside = min(parallel, len(running) + len(ready))
+            for job in sorted(ready, key=lambda job: -waiting[job.key]):
                 if len(running) == parallel or (job.engine and any(other.engine for other in running)):
                     continue
                 pending.remove(job)
@@ -72,7 +82,7 @@ def run(config: Config, run_folder: Path, parallel: int) -> None:
                     f"[{len(finished) + len(running) + 1}/{total}] {job.key} starts, log: {logs / (job.key + '.txt')}",
                     flush=True,
                 )
-                running[job] = (_start(job, run_folder, logs, parallel), time.perf_counter())
+                running[job] = (_start(job, run_folder, logs, beside), time.perf_counter())
             time.sleep(0.2)
             if time.perf_counter() - shown > STATUS_SECONDS:
                 shown = time.perf_counter()
@@ -109,8 +119,9 @@ def _last_line(path: Path) -> str:
     return (path.read_text().splitlines() or [""])[-1]
 
 
-def _start(job: Job, run_folder: Path, logs: Path, parallel: int) -> subprocess.Popen:
-    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // parallel))
+def _start(job: Job, run_folder: Path, logs: Path, beside: int) -> subprocess.Popen:
+    """beside: jobs that share the cores, this one among them."""
+    threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // beside))
     command = [
         sys.executable,
         "-m",

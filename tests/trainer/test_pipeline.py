@@ -45,11 +45,11 @@ def faked(monkeypatch):
     def use(commands: dict[str, str]) -> list[tuple[str, float, subprocess.Popen]]:
         started = []
 
-        def start(job, run_folder, logs, parallel):
+        def start(job, run_folder, logs, beside):
             with open(logs / f"{job.key}.txt", "a") as log:
                 process = subprocess.Popen(["sh", "-c", commands.get(job.key, "exit 0")], stdout=log, stderr=log)
             running = sum(process.poll() is None for _, _, process in started)
-            assert running < parallel
+            assert running < beside
             started.append((job.key, time.perf_counter(), process))
             return process
 
@@ -80,6 +80,39 @@ def test_jobs_run_after_what_they_need(tiny_config, tmp_path, faked, parallel):
     assert sorted(order) == sorted(job.key for job in jobs_of(config))
     for job in jobs_of(config):
         assert all(order.index(need) < order.index(job.key) for need in job.after)
+
+
+def test_the_longest_chain_goes_first(tiny_config, tmp_path, faked):
+    """rl.dist waits for rm.b, which waits for rollout: they start before rl.plain and rm.a, which nothing waits for."""
+    config = tiny_config(**FULL)
+    waiting = pipeline.chains(jobs_of(config))
+    assert waiting == {
+        "sft": 5,
+        "rollout": 4,
+        "rm.a": 2,
+        "rm.b": 3,
+        "rl.plain": 2,
+        "rl.dist": 2,
+        "eval": 1,
+        "report": 0,
+    }
+    started = faked({})
+    pipeline.run(config, tmp_path, 1)
+    assert [key for key, _, _ in started] == ["sft", "rollout", "rm.b", "rm.a", "rl.plain", "rl.dist", "eval", "report"]
+
+
+def test_a_job_that_is_alone_has_all_cores(tiny_config, tmp_path, monkeypatch):
+    shares = {}
+
+    def start(job, run_folder, logs, beside):
+        shares[job.key] = beside
+        (logs / f"{job.key}.txt").write_text("")
+        return subprocess.Popen(["true"])
+
+    monkeypatch.setattr(pipeline, "_start", start)
+    pipeline.run(tiny_config(**FULL), tmp_path, 2)
+    assert {key for key, beside in shares.items() if beside == 1} >= {"sft", "eval", "report"}
+    assert shares["rollout"] == 2  # rl.plain can start as well
 
 
 VLLM = {"generation": {"max_new_tokens": 12, "sampler": "vllm"}}
