@@ -147,8 +147,9 @@ def spread(seconds: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path, help="write the report here")
+    parser.add_argument("--json", type=Path, help="write the report here, after every case")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--case", default="", help="only the cases that have this in their names")
     parser.add_argument("--sweep", action="store_true", help="also sweep max_buffer_bytes")
     for letter, size in asdict(Shape()).items():
         parser.add_argument(f"--{letter}", type=int, default=size)
@@ -162,12 +163,22 @@ def main() -> None:
             name: default_buffer_bytes(torch.device("cpu"), trained)
             for name, trained in (("frozen", False), ("trained", True))
         },
-        "cases": [measure_case(case, args.rounds) for case in cases(shape)],
-        "sweep": measure_sweep(shape, args.rounds) if args.sweep else [],
+        "cases": [],
+        "sweep": [],
     }
+
+    def write() -> None:
+        if args.json:
+            args.json.write_text(json.dumps(report, indent=1) + "\n")
+
+    for case in cases(shape):
+        if args.case in case.name:
+            report["cases"].append(measure_case(case, args.rounds))
+            write()
+    if args.sweep:
+        report["sweep"] = measure_sweep(shape, args.rounds)
+        write()
     print(markdown(report))
-    if args.json:
-        args.json.write_text(json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":
