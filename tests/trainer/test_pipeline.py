@@ -119,8 +119,9 @@ VLLM = {"generation": {"max_new_tokens": 12, "sampler": "vllm"}}
 
 
 def test_jobs_with_an_engine_run_one_at_a_time(tiny_config, tmp_path, faked, capsys):
-    """Reward models beside them: rm.a needs no engine, rl.plain and rl.dist have one each."""
-    sections = {**FULL, "rl": {**FULL["rl"], "dist": {"reward_model": {"name": "a"}}}}
+    """Reward models beside them: rm.c, on chats of its own, need not wait for the rollouts' engine."""
+    rms = {**FULL["rm"], "c": {"data": {"path": "chats.jsonl", "kind": "pointwise"}}}
+    sections = {**FULL, "rm": rms, "rl": {**FULL["rl"], "dist": {"reward_model": {"name": "a"}}}}
     config = tiny_config(**sections, **VLLM)
     engines = {"rollout", "rl.plain", "rl.dist", "eval"}
     assert {job.key for job in jobs_of(config) if job.engine} == engines
@@ -139,6 +140,7 @@ def test_jobs_with_an_engine_run_one_at_a_time(tiny_config, tmp_path, faked, cap
     for key, others in alive:
         assert key not in engines or not others & engines
     assert "rm.b" in dict(alive)["rl.plain"]  # what has none runs beside it
+    assert "rollout" in dict(alive)["rm.c"]
     assert "rollout, rl.plain, rl.dist, eval: one at a time" in capsys.readouterr().out
 
 
