@@ -73,7 +73,8 @@ def run(config: Config, run_folder: Path, parallel: int) -> None:
     try:
         while pending or running:
             ready = [job for job in pending if set(job.after) <= finished]
-            beside = min(parallel, len(running) + len(ready))
+            kept_back = max(0, sum(job.engine for job in [*running, *ready]) - 1)
+            beside = min(parallel, len(running) + len(ready) - kept_back)
             for job in sorted(ready, key=lambda job: -waiting[job.key]):
                 if len(running) == parallel or (job.engine and any(other.engine for other in running)):
                     continue

@@ -17,6 +17,9 @@ FULL = {
 }
 
 
+VLLM = {"generation": {"max_new_tokens": 12, "sampler": "vllm"}}
+
+
 def test_jobs_and_what_they_wait_for(tiny_config):
     jobs = {job.key: job for job in jobs_of(tiny_config(**FULL))}
     assert {key: job.after for key, job in jobs.items()} == {
@@ -113,9 +116,9 @@ def test_a_job_that_is_alone_has_all_cores(tiny_config, tmp_path, monkeypatch):
     pipeline.run(tiny_config(**FULL), tmp_path, 2)
     assert {key for key, beside in shares.items() if beside == 1} >= {"sft", "eval", "report"}
     assert shares["rollout"] == 2  # rl.plain can start as well
-
-
-VLLM = {"generation": {"max_new_tokens": 12, "sampler": "vllm"}}
+    shares.clear()
+    pipeline.run(tiny_config(**{**FULL, "rm": {}, "rl": {"plain": {}}}, **VLLM), tmp_path, 2)
+    assert set(shares.values()) == {1}  # those that sample have engines
 
 
 def test_jobs_with_an_engine_run_one_at_a_time(tiny_config, tmp_path, faked, capsys):
