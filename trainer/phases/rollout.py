@@ -68,12 +68,12 @@ def run(experiment: Experiment, resume: bool = False) -> None:
                         zip(answers, logprobs_N.split(lengths), verdicts, samples, strict=True)
                     )
                 ]
-                # The line goes first: without its shard it is dropped when the phase goes on, and both are made again.
+                # The shard goes last: without it line and pages are made again when the phase goes on.
                 metrics.log(number + 1, accuracy=right_share(verdicts), answers=len(rows), tokens=sum(lengths))
-                shards.add(number, rows)
                 if number == 0 and experiment.task:
                     own = OwnAnswers(policy, examples, rollout.samples, samples, verdicts, logprobs_N)
                     tqdm.write(f"answers token by token: {show_answers(experiment, own, folder / 'answers')}")
+                shards.add(number, rows)
         write_json(folder / "summary.json", {**summarize(shards.rows()), **cost(read_metrics(metrics.path))})
 
 
