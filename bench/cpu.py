@@ -1,6 +1,7 @@
 """`python -m ipvrm_core.bench.cpu --json out.json`: the chunked functions against naive PyTorch, forward and backward.
 
-Prints a Markdown table. With --sweep also the time and memory of distrl_loss (trained head) over `max_buffer_bytes`.
+Prints a Markdown table. The products alone are those of the fused head in its chunks, without any work on the rows.
+With --sweep also the time and memory of distrl_loss (trained head) over `max_buffer_bytes`.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from ipvrm_core.bench.cases import Setting, Shape
 from ipvrm_core.bench.machine import environment
 from ipvrm_core.bench.measure import interleaved, peak_extra_bytes
 from ipvrm_core.bench.problems import Problem, make_problem
-from ipvrm_core.fused.head import default_buffer_bytes
+from ipvrm_core.fused.head import Head, HeadGradients, RowGradient, default_buffer_bytes
 
 SWEEP_MIB = (16, 32, 64, 128, 256, 512)
 FUNCTIONS = ("distrl_loss", "linear_logprobs", "row_loss")  # the last two make the same loss
@@ -70,6 +71,21 @@ def step(case: Case, problem: Problem, implementation: str, **options) -> Callab
     return run
 
 
+def products(case: Case, problem: Problem) -> Callable[[], object]:
+    """x, dh and, with a trained head, dW: what a step cannot do without."""
+    budget = default_buffer_bytes(torch.device("cpu"), not case.frozen)
+
+    @torch.no_grad()
+    def run() -> HeadGradients:
+        head = Head(problem.hidden_ND, problem.weight_VD, None, budget)
+        gradients = HeadGradients(head, [True, not case.frozen, False])
+        for rows, x_nV in head.chunks():
+            gradients.add(rows, RowGradient(x_nV))
+        return gradients
+
+    return run
+
+
 def check_agreement(case: Case, problem: Problem) -> None:
     """No number without this: both implementations give the same gradients, to 1e-4 of the largest entry."""
     for ours, theirs in zip(*(step(case, problem, name)() for name in ("chunked", "naive")), strict=True):
@@ -92,11 +108,13 @@ def measure_case(case: Case, rounds: int) -> dict:
     print(f"{case.name}: naive and chunked agree, measuring", file=sys.stderr, flush=True)
     load = os.getloadavg()[0]
     # The agreement was the warm-up.
-    times = interleaved({name: step(case, problem, name) for name in IMPLEMENTATIONS}, rounds, warm_ups=0)
+    steps = {name: step(case, problem, name) for name in IMPLEMENTATIONS}
+    times = interleaved({**steps, "products": products(case, problem)}, rounds, warm_ups=0)
     rows = {
         name: {"seconds": times[name]._asdict(), "peak_extra_bytes": peak_extra_bytes(prepare, case, name, {})}
         for name in IMPLEMENTATIONS
     }
+    rows["products"] = {"seconds": times["products"]._asdict()}
     return {"case": case.name, "load_before": load, "statistics": problem.statistics, **rows}
 
 
@@ -117,18 +135,21 @@ def measure_sweep(shape: Shape, rounds: int) -> list[dict]:
 
 
 def markdown(report: dict) -> str:
-    """One line a case: times, memory, and the ratios chunked / naive. CPU s is processor time over all threads."""
+    """One line a case: times, memory, and their ratios to naive. CPU s is processor time over all threads."""
     lines = [
-        "| case | naive s (p10-p90) | chunked s (p10-p90) | ratio | CPU s ratio | naive MiB | chunked MiB | ratio |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| case | naive s (p10-p90) | chunked s (p10-p90) | ratio | CPU s ratio "
+        "| products alone, s (p10-p90) | ratio | CPU s ratio | naive MiB | chunked MiB | ratio |",
+        "| --- " * 11 + "|",
     ]
     for result in report["cases"]:
-        naive, ours = result["naive"], result["chunked"]
-        times = [spread(row["seconds"]) for row in (naive, ours)]
-        ratios = [f"{ours['seconds'][key] / naive['seconds'][key]:.2f}" for key in ("median", "cpu_median")]
+        naive, ours, least = result["naive"], result["chunked"], result["products"]
+        times = [spread(naive["seconds"])]
+        for row in (ours, least):
+            ratios = [f"{row['seconds'][key] / naive['seconds'][key]:.2f}" for key in ("median", "cpu_median")]
+            times += [spread(row["seconds"]), *ratios]
         memory = [f"{row['peak_extra_bytes'] / 2**20:.0f}" for row in (naive, ours)]
         memory.append(f"{ours['peak_extra_bytes'] / naive['peak_extra_bytes']:.1%}")
-        lines.append(" | ".join([f"| {result['case']}", *times, *ratios, *memory]) + " |")
+        lines.append(" | ".join([f"| {result['case']}", *times, *memory]) + " |")
     if report["sweep"]:
         lines += ["", "| max_buffer_bytes, MiB | s (p10-p90) | CPU s | peak extra MiB |", "| --- | --- | --- | --- |"]
     for row in report["sweep"]:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+import transformers
 
 from ipvrm_core.trainer.config import Lora
 from ipvrm_core.trainer.data.example import Example
@@ -135,7 +136,34 @@ def test_prompts_of_like_lengths_share_a_batch(tiny_model):
     long, short = PROMPTS[2], PROMPTS[3]
     made = generate(model, [short, long, short, long], max_new_tokens=1, batch=2)
     assert [sample.prompt_ids for sample in made] == [short, long, short, long]
-    assert padding == [0, 0]
+    assert set(padding) == {0}
+
+
+def test_a_prompt_is_computed_once_for_all_its_answers(tiny_model):
+    model, tokens = tiny_model(), []
+    model.model.embed_tokens.register_forward_pre_hook(lambda _, args: tokens.append(args[0].numel()))
+    prompt = PROMPTS[2]
+    generate(model, [prompt], samples=5, max_new_tokens=1)
+    assert tokens == [len(prompt) - 1, 5]
+
+
+@pytest.mark.parametrize("kind", ["MistralConfig", "Gemma3TextConfig", "MambaConfig", "FalconH1Config"])
+def test_answers_that_share_a_prompt_are_those_of_one_answer_a_prompt(kind):
+    """Windows shorter than the prompts, and models that keep a state instead of keys and values."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2}
+    if kind != "MambaConfig":
+        sizes |= {"intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16}
+    if kind == "FalconH1Config":
+        sizes |= {"mamba_d_ssm": 32, "mamba_n_heads": 2, "mamba_d_head": 16}
+    elif kind != "MambaConfig":
+        sizes |= {"sliding_window": 4}
+    torch.manual_seed(0)
+    config = getattr(transformers, kind)(vocab_size=32, max_position_embeddings=64, **sizes)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    once, thrice = (generate(model, samples=n, temperature=0, max_new_tokens=12) for n in (1, 3))
+    for alone, together in zip([sample for sample in once for _ in range(3)], thrice, strict=True):
+        assert alone.response_ids == together.response_ids
+        torch.testing.assert_close(torch.tensor(alone.logprobs), torch.tensor(together.logprobs), rtol=0, atol=1e-5)
 
 
 def test_the_mode_of_the_model_is_kept(tiny_model):

@@ -147,27 +147,28 @@ def _gradients(tracker: Tracker, phase: Phase, each: Pass) -> Iterator[None]:
 @torch.no_grad()
 def _generate(tracker: Tracker, each: Pass) -> int:
     """The prompts, and the last token with the whole cache; returns the bytes of that cache."""
-    base, B, (P, T) = causal_lm(each.model.model), each.answers, each.sizes
+    base, answers, (P, T) = causal_lm(each.model.model), each.answers, each.sizes
+    prompts = -(-answers // each.samples)
 
-    def forward(new: int, seen: int, cache=None):
+    def forward(B: int, new: int, seen: int, cache=None):
         ids_BL = torch.ones(B, new, dtype=torch.int64)
         mask_B1LL = torch.ones(B, 1, new, seen + new, dtype=torch.bool)
         how = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         return base(input_ids=ids_BL, attention_mask=mask_B1LL, **how)
 
-    forward(P, 0)
+    forward(prompts, P, 0)
     most, peak = tracker.most, tracker.peak
-    cache = forward(P + T - 1, 0).past_key_values
+    cache = forward(answers, P + T - 1, 0).past_key_values
     size = sum(x.untyped_storage().nbytes() for layer in cache.layers for x in (layer.keys, layer.values))
     tracker.restart()
-    logits_BV = forward(1, P + T - 1, cache).logits[:, -1]
-    keep, ids_BL = _KeepLogprobs(1.0), torch.ones(B, 1, dtype=torch.int64)
+    logits_BV = forward(answers, 1, P + T - 1, cache).logits[:, -1]
+    keep, ids_BL = _KeepLogprobs(1.0), torch.ones(answers, 1, dtype=torch.int64)
     for _ in range(2):  # from the second on there are log-probs of the token before
         scores_BV = keep(ids_BL, logits_BV.to(torch.float32, copy=True))
     probs_BV: Tensor = (scores_BV / 1.0).softmax(-1)
     del probs_BV
     if most > tracker.most:  # a long prompt and a short answer
-        tracker.most, tracker.peak, size = most, peak, size * P // (P + T)
+        tracker.most, tracker.peak, size = most, peak, size * P // (P + T) * prompts // answers
     return size
 
 

@@ -85,9 +85,11 @@ def _run(phase, each, tokenizer) -> None:
     from ipvrm_core.trainer.sampling.generate import Generate
 
     if each.kind == "generate":
-        prompts = [[2] * each.sizes.prompt] * each.answers
+        samples = min(each.samples, each.answers)
+        prompts = [[2 + index % 2] * each.sizes.prompt for index in range(each.answers // samples)]  # no two alike
         prompts[0] = prompts[0][1:] or prompts[0]  # so that there is padding to mask
-        Generate(each.model, tokenizer, each.answers).sample(prompts, Drawing(max_new_tokens=each.sizes.response))
+        drawing = Drawing(samples, max_new_tokens=each.sizes.response)
+        Generate(each.model, tokenizer, each.answers).sample(prompts, drawing)
         return
     for _ in range(2 if each.kind == "train" and each.accumulates else 1):
         batch = each.model.batch(each.micro_batch(), after=each.after)

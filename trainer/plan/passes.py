@@ -41,6 +41,7 @@ class Pass(NamedTuple):
     answers: int  # of one step, or sampled at once
     function: Callable[[TokenBatch], Tensor] | None = None
     after: bool = False
+    samples: int = 1  # of a prompt, which is computed once for them
 
     def micro_batch(self) -> list[Answer]:
         """The largest of so many answers. One is a token shorter, so that there is padding to mask."""
@@ -112,7 +113,7 @@ def _rollout(blank: Blank, sizes: Sizes) -> Phase:
     model, rollout = blank.start_policy().eval(), blank.config.rollout
     answers = rollout.batch * rollout.samples
     score = Pass("score", model, sizes, answers, model.batch_logprobs)
-    passes = {"sampling": _sampling(blank, model, sizes, answers), "log-probs": score}
+    passes = {"sampling": _sampling(blank, model, sizes, answers, rollout.samples), "log-probs": score}
     return Phase([model], passes, engine=_engine(blank, model, rests=False))
 
 
@@ -134,7 +135,7 @@ def _rl(blank: Blank, name: str, sizes: Sizes) -> Phase:
     present = [model for model in (learner.policy, learner.reward_model, learner.reference) if model is not None]
     sampled = rl.batch.prompts * rl.batch.rollouts
     kept = rl.batch.keep_prompts * rl.batch.rollouts
-    passes = {"sampling": _sampling(blank, learner.policy, sizes, sampled)}
+    passes = {"sampling": _sampling(blank, learner.policy, sizes, sampled, rl.batch.rollouts)}
     if "reward_model" in learner.optimizers:
         batch, values = min(rl.reward_model.batch, kept), learner.objective.head == "value"
         learner.reward_model.train()
@@ -157,14 +158,14 @@ def _eval(blank: Blank, sizes: Sizes) -> Phase:
     config = blank.config
     present = [blank.start_policy().eval() for _ in range(3 if config.rm and config.task else 1)]
     answers = config.eval.prompts * config.eval.samples
-    passes = {"sampling": _sampling(blank, present[0], sizes, answers)}
+    passes = {"sampling": _sampling(blank, present[0], sizes, answers)}  # the greedy ones: one of a prompt
     return Phase(present, passes, engine=_engine(blank, present[0], rests=False))
 
 
-def _sampling(blank: Blank, model: LanguageModel, sizes: Sizes, answers: int) -> Pass:
+def _sampling(blank: Blank, model: LanguageModel, sizes: Sizes, answers: int, samples: int = 1) -> Pass:
     generation = blank.config.generation
     kind = "engine" if generation.sampler == "vllm" else "generate"
-    return Pass(kind, model, sizes, min(answers, generation.batch))
+    return Pass(kind, model, sizes, min(answers, generation.batch), samples=samples)
 
 
 def _engine(blank: Blank, policy: LanguageModel, *, rests: bool = True) -> Engine | None:

@@ -1,6 +1,7 @@
 """Sampling answers with transformers' generate, keeping the log-probability of every sampled token."""
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -59,6 +60,27 @@ class Generate:
         pass
 
 
+def _prompt_cache(model, ids_BL: Tensor, mask_BL: Tensor, repeats_U: Tensor):
+    """Keys and values of the prompts but for their last tokens: made for the U that differ, repeated for each answer.
+
+    None, and `generate` makes them for every answer, where no two prompts are equal or the model keeps a state of
+    another kind (Mamba's and linear attention's are not those of positions).
+    """
+    from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+    cache = DynamicCache(config=model.config)
+    positional = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+    if len(repeats_U) == len(ids_BL) or ids_BL.shape[1] == 1 or not cache.layers or not positional:
+        return None
+    first_U = repeats_U.cumsum(0) - repeats_U
+    mask_UL = mask_BL[first_U, :-1]
+    positions_UL = (mask_UL.cumsum(-1) - 1).clamp(min=0)
+    given = {"attention_mask": mask_UL, "position_ids": positions_UL, "past_key_values": cache}
+    model(ids_BL[first_U, :-1], **given, use_cache=True, logits_to_keep=1)
+    cache.batch_select_indices(torch.arange(len(repeats_U), device=ids_BL.device).repeat_interleave(repeats_U))
+    return cache
+
+
 def _generate_batch(model, tokenizer, prompts, drawing: Drawing) -> list[Sample]:
     from transformers import GenerationConfig, LogitsProcessorList
 
@@ -67,6 +89,7 @@ def _generate_batch(model, tokenizer, prompts, drawing: Drawing) -> list[Sample]
     longest = max(map(len, prompts))
     ids_BL = torch.tensor([[tokenizer.pad_token_id] * (longest - len(p)) + p for p in prompts], device=device)
     mask_BL = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=device)
+    repeats_U = torch.tensor([len(list(same)) for _, same in groupby(prompts)], device=device)
     ends = eos_ids(model, tokenizer)
     temperature, top_p = drawing.temperature, drawing.top_p
     greedy = temperature == 0
@@ -86,6 +109,7 @@ def _generate_batch(model, tokenizer, prompts, drawing: Drawing) -> list[Sample]
         out_BL = model.generate(
             input_ids=ids_BL,
             attention_mask=mask_BL,
+            past_key_values=_prompt_cache(model, ids_BL, mask_BL, repeats_U),
             generation_config=config,
             logits_processor=LogitsProcessorList([keeper]),
         )
