@@ -63,21 +63,23 @@ class Generate:
 def _prompt_cache(model, ids_BL: Tensor, mask_BL: Tensor, repeats_U: Tensor):
     """Keys and values of the prompts but for their last tokens: made for the U that differ, repeated for each answer.
 
-    None, and `generate` makes them for every answer, where no two prompts are equal or the model keeps a state of
-    another kind (Mamba's and linear attention's are not those of positions).
+    None, and `generate` makes them for every answer, where the model keeps a state of another kind (Mamba's and linear
+    attention's are not those of positions). The head is left out: torch's bfloat16 product of a frozen head with the
+    last of several positions copies the head for every row on a CPU.
     """
     from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
     cache = DynamicCache(config=model.config)
     positional = {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
-    if len(repeats_U) == len(ids_BL) or ids_BL.shape[1] == 1 or not cache.layers or not positional:
+    if ids_BL.shape[1] == 1 or not cache.layers or not positional:
         return None
     first_U = repeats_U.cumsum(0) - repeats_U
     mask_UL = mask_BL[first_U, :-1]
     positions_UL = (mask_UL.cumsum(-1) - 1).clamp(min=0)
     given = {"attention_mask": mask_UL, "position_ids": positions_UL, "past_key_values": cache}
-    model(ids_BL[first_U, :-1], **given, use_cache=True, logits_to_keep=1)
-    cache.batch_select_indices(torch.arange(len(repeats_U), device=ids_BL.device).repeat_interleave(repeats_U))
+    model.base_model(input_ids=ids_BL[first_U, :-1], **given, use_cache=True)
+    if len(repeats_U) < len(ids_BL):
+        cache.batch_select_indices(torch.arange(len(repeats_U), device=ids_BL.device).repeat_interleave(repeats_U))
     return cache
 
 
