@@ -147,6 +147,12 @@ def test_a_prompt_is_computed_once_for_all_its_answers(tiny_model):
     assert tokens == [len(prompt) - 1, 5]
 
 
+def test_prompts_of_one_token(tiny_model):
+    made = generate(tiny_model(), [[3], [5]], samples=2, temperature=0, max_new_tokens=4)
+    assert [sample.prompt_ids for sample in made] == [[3], [3], [5], [5]]
+    assert made[0] == made[1] != made[2] == made[3]
+
+
 @pytest.mark.parametrize("kind", ["MistralConfig", "Gemma3TextConfig", "MambaConfig", "FalconH1Config"])
 def test_answers_that_share_a_prompt_are_those_of_one_answer_a_prompt(kind):
     """Windows shorter than the prompts, and models that keep a state instead of keys and values."""
