@@ -14,8 +14,8 @@ from ipvrm_core.trainer.progress import Progress
 class MetricsLog:
     """Appends to folder/metrics.jsonl. After a kill, lines past the checkpoint's step are dropped and written again.
 
-    Every line holds "step", the given numbers, and "seconds" and "peak_memory_mb" of this process; the latter two are
-    the only ones that differ between an interrupted and an uninterrupted run.
+    Every line holds "step", the given numbers, and "seconds" and "peak_memory_mb" of this process. Those and the
+    seconds of parts are the only ones that differ between an interrupted and an uninterrupted run: see `computed`.
     """
 
     def __init__(
@@ -92,6 +92,11 @@ def read_metrics(path: Path) -> list[dict]:
                 break
             raise ValueError(f"{path}, line {number}: not a line of metrics: {error}") from None
     return lines
+
+
+def computed(line: dict) -> dict:
+    """A line without what depends on the process: equal runs have equal ones."""
+    return {name: x for name, x in line.items() if not name.startswith("seconds") and name != "peak_memory_mb"}
 
 
 def _line(row: bytes) -> dict:

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ipvrm_core.trainer.files import write_json
-from ipvrm_core.trainer.metrics import MetricsLog, read_metrics
+from ipvrm_core.trainer.metrics import MetricsLog, computed, read_metrics
 from ipvrm_core.trainer.phases import rl, rollout
 from ipvrm_core.trainer.phases.rm_data import from_rollouts
 from ipvrm_core.trainer.sampling.verified import Asker
@@ -39,7 +39,7 @@ def policy_run(tiny_config, tmp_path, monkeypatch):
 
 def _lines(experiment) -> list[dict]:
     lines = read_metrics(experiment.run / "rl/x/metrics.jsonl")
-    return [{key: value for key, value in line.items() if key not in ("seconds", "peak_memory_mb")} for line in lines]
+    return [computed(line) for line in lines]
 
 
 def _weights(experiment) -> bytes:

@@ -10,6 +10,7 @@ import torch
 
 from ipvrm_core.trainer.config import ConfigError, check
 from ipvrm_core.trainer.experiment import Experiment
+from ipvrm_core.trainer.metrics import computed
 from ipvrm_core.trainer.models import load_pretrained
 from ipvrm_core.trainer.phases import evaluate, rl, rollout, sft, train_rm
 from ipvrm_core.trainer.phases.training import AlreadyStartedError
@@ -46,7 +47,7 @@ def train(start, tmp_path):
         config = {**BASE, "rl": {"x": {**RL, **changes, "batch": batch}}}
         rl.run(Experiment(check({**config, "model": {**BASE["model"], **(model or {})}}), folder), "x")
         lines = [json.loads(line) for line in (folder / "rl/x/metrics.jsonl").read_text().splitlines()]
-        return [{k: v for k, v in line.items() if k not in ("seconds", "peak_memory_mb")} for line in lines], folder
+        return [computed(line) for line in lines], folder
 
     return run
 

@@ -16,6 +16,7 @@ import pytest
 from safetensors import safe_open
 
 from ipvrm_core.trainer.commands.main import main
+from ipvrm_core.trainer.metrics import computed
 from tests import killable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -183,7 +184,7 @@ def test_training_moved_the_weights(runs, folder):
 
 def _metrics(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in ("seconds", "peak_memory_mb")} for line in lines]
+    return [computed(line) for line in lines]
 
 
 @pytest.mark.parametrize(("folder", "least", "most"), [("sft", 20, 59), ("rm/prefix", 21, 21), ("rl/dist", 8, 8)])

@@ -14,8 +14,8 @@ from ipvrm_core.reference.policy_loss import distrl_loss_from_logits
 from ipvrm_core.trainer.config import RlRewardModel
 from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.reward import backward_reward_loss
+from ipvrm_core.trainer.rl import clock, policy_update, reward_update
 from ipvrm_core.trainer.rl import credit as crediting
-from ipvrm_core.trainer.rl import policy_update, reward_update
 from ipvrm_core.trainer.rl import step as step_module
 from ipvrm_core.trainer.rl.credit import BatchCredit, assign
 from ipvrm_core.trainer.rl.old_policy import old_policy
@@ -256,6 +256,17 @@ def test_the_order_of_a_step(tiny_config, monkeypatch, update, order):
     _, numbers = rl_step(experiment, learner, 1, 0, lambda *_, **__: None)
     assert done == order
     assert numbers["staleness"] == 0
+    parts = {"sampling", "log_probs", "credit", "policy", "sync", *["reward_model"] * ("update_reward_model" in done)}
+    assert {name for name in numbers if name.startswith("seconds")} == {f"seconds_{part}" for part in parts}
+
+
+def test_the_seconds_of_a_part_add_up(monkeypatch):
+    times = iter([10.0, 12.0, 12.5, 13.5])
+    monkeypatch.setattr(clock.time, "perf_counter", lambda: next(times))
+    measured = clock.Clock()
+    for part in ("a", "b", "a"):
+        measured.read(part)
+    assert measured.seconds == {"seconds_a": 3.0, "seconds_b": 0.5}
 
 
 @pytest.mark.parametrize(

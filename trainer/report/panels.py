@@ -56,6 +56,14 @@ POLICY = {
         Panel("process_std", "Std of the process advantage", "advantage (dimensionless)", optional=True),
         Panel("candidate_td_std", "Std of candidate TD advantages", "advantage (dimensionless)", optional=True),
     ),
+    "Seconds of a step": (
+        Panel("seconds_sampling", "Sampling and judging, or waiting for it", "seconds"),
+        Panel("seconds_log_probs", "Log-probs of the old policy and the reference, candidates", "seconds"),
+        Panel("seconds_reward_model", "Online updates of the reward model", "seconds"),
+        Panel("seconds_credit", "TD errors and advantages", "seconds"),
+        Panel("seconds_policy", "Update of the policy", "seconds"),
+        Panel("seconds_sync", "The sampler's new weights, and waiting for it", "seconds"),
+    ),
 }
 
 

@@ -11,6 +11,7 @@ from ipvrm_core.trainer.config import Rl
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.rl.ahead import Ahead
+from ipvrm_core.trainer.rl.clock import Clock
 from ipvrm_core.trainer.rl.collect import Collected, collect
 from ipvrm_core.trainer.rl.correction import correct
 from ipvrm_core.trainer.rl.credit import assign
@@ -52,15 +53,16 @@ def rl_step(
 
     cursor: the next unused training example. uses: is told what the step trains on. Returns the batch and the numbers.
     """
-    rl, method = learner.rl, learner.method
+    rl, method, clock = learner.rl, learner.method, Clock()
     experiment.seed(*learner.seed(step))
     if learner.ahead:
         batch = learner.ahead.take(step, cursor)
     else:
         batch = collect(experiment, learner.sampler, rl.batch, cursor, learner.stream)
+    clock.read("sampling")
     numbers = {**batch.numbers, "staleness": batch.staleness}
     if not batch.answers:
-        return batch, numbers
+        return batch, {**numbers, **clock.seconds}
     batch = batch.to(experiment.device)
     if not learner.ahead:
         learner.sampler.rest()
@@ -69,16 +71,20 @@ def rl_step(
     old = old_policy(learner.policy, method, batch.answers)
     correction, mismatch = correct(rl.correction, batch.sampler_logprobs_N, old.logprobs_N, old.cu_seqlens)
     ref_N = None if learner.reference is None else learner.reference.logprobs(batch.answers)
+    clock.read("log_probs")
 
     def update_rm() -> dict[str, float]:
         against_N = ref_N if method.online_reference == "sft" else old.logprobs_N
         parts = learner.reward_model, learner.optimizers["reward_model"], learner.objective, rl.reward_model
-        return update_reward_model(*parts, method, batch, old, against_N, step, rl.steps)
+        numbers = update_reward_model(*parts, method, batch, old, against_N, step, rl.steps)
+        clock.read("reward_model")
+        return numbers
 
     schedule = rl.reward_model.update if rl.reward_model else "none"
     rm_numbers = update_rm() if schedule == "before" else {}
     scorer = learner.reward_model, learner.objective, ref_N, learner.reference
     credit = assign(method, batch, old, *scorer, rl.credit)
+    clock.read("credit")
     policy_numbers = update_policy(
         learner.policy,
         learner.optimizers["policy"],
@@ -90,9 +96,11 @@ def rl_step(
         step,
         correction,
     )
+    clock.read("policy")
     if schedule == "after":
         rm_numbers = update_rm()
     if learner.ahead:
         learner.ahead.wait()
     learner.sampler.sync(learner.policy)
-    return batch, {**numbers, **mismatch, **rm_numbers, **credit.numbers, **policy_numbers}
+    clock.read("sync")
+    return batch, {**numbers, **mismatch, **rm_numbers, **credit.numbers, **policy_numbers, **clock.seconds}

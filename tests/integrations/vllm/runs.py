@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 from ipvrm_core.trainer.commands.main import main
+from ipvrm_core.trainer.metrics import computed
 
 CONFIG = """
 name = "tiny"
@@ -28,7 +29,6 @@ minibatch = 24
 batch = { prompts = 12, keep_prompts = 4, rollouts = 8 }
 optim = { lr = 5e-4 }
 """
-OWN = {"seconds", "peak_memory_mb"}  # of a process, not of what it computes
 
 
 class Runs:
@@ -41,4 +41,4 @@ class Runs:
 
     def lines(self, run: str, phase: str) -> list[dict]:
         rows = (self.folder / run / phase / "metrics.jsonl").read_text().splitlines()
-        return [{key: value for key, value in json.loads(row).items() if key not in OWN} for row in rows]
+        return [computed(json.loads(row)) for row in rows]
