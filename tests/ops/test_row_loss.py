@@ -52,9 +52,10 @@ def test_shapes(shape, dtype):
     check(make_problem(*shape, dtype=dtype), "all")
 
 
+@pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("what", ["logprobs", "lse", "entropy", "nothing"])
-def test_a_function_of_one_output(what):
-    problem = make_problem(*SHAPES[0])
+def test_a_function_of_one_output(what, bias):
+    problem = make_problem(*SHAPES[0], bias=bias)
     if what == "nothing":
         zero = ic.row_loss(*problem.inputs[:2], problem.batch.ids_NS, lambda logprobs, rows: torch.zeros(()))
         grads = torch.autograd.grad(zero, problem.inputs[:2])
@@ -81,6 +82,23 @@ def test_rows_whose_softmax_has_no_gradient(bias):
     )
     for got, expected in zip(ours, exact, strict=True):
         assert torch.allclose(got, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [1e-5, 1e-39])
+def test_rows_whose_softmax_has_nearly_no_gradient(share):
+    """Beside coefficients of 1: a share that can be seen is kept, one that would make them infinite is left out."""
+    problem = make_problem(*SHAPES[0], bias=False)
+
+    def fn(logprobs: ic.LogProbs, rows: slice) -> Tensor:
+        return (logprobs.logprobs_NK[:, 0] - logprobs.logprobs_NK[:, 1] + share * logprobs.lse_N).sum()
+
+    ids = problem.batch.ids_NS.clamp(min=0)
+    ours, exact = (
+        gradients(ic.row_loss(p.hidden, p.weight, ids, fn, backend=backend), p)[1:]
+        for p, backend in ((problem, "auto"), (problem.to(torch.float64), "reference"))
+    )
+    for got, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("softcap", [None, 4.0])
