@@ -49,7 +49,7 @@ def say(**facts) -> None:
 def products() -> None:
     """Each product of the loop by rows a chunk, and what its output type costs. Which n is the best for which D?"""
     for D in WIDTHS:
-        W_VD = torch.randn(V, D, device=DEVICE, dtype=DTYPE)
+        W_VD, dW_VD = torch.randn(V, D, device=DEVICE, dtype=DTYPE), torch.zeros(V, D, device=DEVICE)
         for n in ROWS:
             h_nD, x_nV = torch.randn(n, D, device=DEVICE, dtype=DTYPE), torch.empty(n, V, device=DEVICE)
             g_nV = torch.randn(n, V, device=DEVICE, dtype=DTYPE)
@@ -58,7 +58,8 @@ def products() -> None:
                 "logits, bfloat16": lambda: torch.mm(h_nD, W_VD.t(), out=g_nV),  # noqa: B023
                 "dh, float32": lambda: torch.mm(g_nV, W_VD, **WIDE),  # noqa: B023
                 "dh, bfloat16": lambda: torch.mm(g_nV, W_VD),  # noqa: B023
-                "dW, float32": lambda: torch.mm(g_nV.t(), h_nD, **WIDE),  # noqa: B023
+                "dW, float32": lambda: torch.mm(g_nV.t(), h_nD, out=dW_VD, **WIDE),  # noqa: B023
+                "dW, added": lambda: torch.addmm(dW_VD, g_nV.t(), h_nD, out=dW_VD, **WIDE),  # noqa: B023
             }
             times = {name: milliseconds(call) for name, call in calls.items()}
             say(D=D, n=n, tflops={name: round(2e-9 * n * D * V / t, 1) if t else None for name, t in times.items()})

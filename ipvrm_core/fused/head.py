@@ -11,13 +11,15 @@ from torch import Tensor
 
 from ipvrm_core.fused.shard import VocabularyShard
 
-# Bytes for the private [n, V] buffers of one call (frozen head, with dW besides). CPU: 512 and 256 rows of a 150k
+# Bytes for the private [n, V] buffers of one call (frozen head, with dW besides). CPU: 512 and 320 rows of a 150k
 # vocabulary, both within a tenth of plain PyTorch's memory (docs/results/cpu.md). CUDA: 384 rows of it with their
-# gradient, 640 without, which with dh stays under 0.5 GB at N = 8192, D = 4096. From 256 rows on a product is bound by
-# arithmetic on an H100 or H200 whatever D is (n flops a byte of W against 167 to 240), so D does not enter; derived,
-# not yet measured (docs/kernels.md, section 8).
-DEFAULT_BUFFER_BYTES = {"cpu": (320 << 20, 160 << 20), "cuda": (416 << 20, 416 << 20)}
-_ROW_MULTIPLE = 128  # the tile of a product
+# gradient, 640 without, which with dh stays under 0.5 GB at N = 8192, D = 4096. From 256 rows on a product with W is
+# bound by arithmetic on an H100 or H200 whatever D is (n flops a byte of W against 167 to 240). The product that is
+# added to a float32 dW does n / 4 flops a byte, so it wants 1024 rows; beside dW their 0.9 GB are little. Derived, not
+# yet measured (docs/kernels.md, section 8).
+DEFAULT_BUFFER_BYTES = {"cpu": (320 << 20, 200 << 20), "cuda": (416 << 20, 896 << 20)}
+_TILE_ROWS = 128  # of a product on a GPU
+_CPU_ROWS = 64
 _MOST_ROWS = 4096
 _ALIGNMENT = 64  # logits: rows begin at multiples of 128 bytes, whatever V is
 # Row statistics in torch go over a scratch of this size: in cache on a CPU, few launches on a GPU.
@@ -35,11 +37,13 @@ def wide_dtype(*tensors: Tensor | None) -> torch.dtype:
     return torch.float64 if doubles else torch.float32
 
 
-def rows_per_chunk(n_rows: int, vocabulary: int, bytes_per_logit: int, buffer_bytes: int) -> int:
-    """How many rows fit: at least 1, at most N, a multiple of 128 when there are that many."""
+def rows_per_chunk(
+    n_rows: int, vocabulary: int, bytes_per_logit: int, buffer_bytes: int, multiple: int = _TILE_ROWS
+) -> int:
+    """How many rows fit: at least 1, at most N, a multiple of the given number when there are that many."""
     rows = buffer_bytes // (vocabulary * bytes_per_logit)
-    if rows > _ROW_MULTIPLE:
-        rows -= rows % _ROW_MULTIPLE
+    if rows > multiple:
+        rows -= rows % multiple
     return max(1, min(n_rows, rows))
 
 
@@ -91,7 +95,9 @@ class Head:
         if self.apart and with_gradient:
             extra_bytes_per_logit += self.product.itemsize
         most = min(self.N, _MOST_ROWS) if self.apart else self.N
-        self.n = rows_per_chunk(most, widest or self.V, self.logit_dtype.itemsize + extra_bytes_per_logit, buffer_bytes)
+        bytes_per_logit = self.logit_dtype.itemsize + extra_bytes_per_logit
+        multiple = _TILE_ROWS if hidden.is_cuda or self.apart else _CPU_ROWS
+        self.n = rows_per_chunk(most, widest or self.V, bytes_per_logit, buffer_bytes, multiple)
         self._x: Tensor | None = None
         self._gradient: Tensor | None = None
 
@@ -127,7 +133,7 @@ class Head:
 
     def padded_rows(self, rows: int) -> int:
         """What a product of so many rows is padded to."""
-        return min(-(-rows // _ROW_MULTIPLE) * _ROW_MULTIPLE, self.n) if self.apart else rows
+        return min(-(-rows // _TILE_ROWS) * _TILE_ROWS, self.n) if self.apart else rows
 
     def _buffer(self, dtype: torch.dtype) -> Tensor:
         if not self.apart:
@@ -180,7 +186,8 @@ class HeadGradients:
         self.weight = None
         if need_weight:
             assert head.weight is not None
-            self.weight = head.weight.new_zeros(head.weight.shape, dtype=wide)
+            make = torch.empty_like if head.N else torch.zeros_like  # the first chunk writes, the others add
+            self.weight = make(head.weight, dtype=wide, memory_format=torch.contiguous_format)
         self.bias = new(head.V, dtype=wide).zero_() if need_bias else None
 
     def target(self, rows: slice, x_nV: Tensor) -> Tensor:
@@ -209,7 +216,10 @@ class HeadGradients:
             hidden_nD = head.hidden_rows(rows)
             if scale_n1 is not None:
                 hidden_nD = (hidden_nD * scale_n1).to(hidden_nD.dtype)
-            torch.addmm(self.weight, dx_nV.t(), hidden_nD, out=self.weight, **kind)
+            if rows.start == 0:
+                torch.mm(dx_nV.t(), hidden_nD, out=self.weight, **kind)
+            else:
+                torch.addmm(self.weight, dx_nV.t(), hidden_nD, out=self.weight, **kind)
 
     def _add_hidden(self, target_nD: Tensor, dx_nV: Tensor, scale_n1: Tensor | None) -> None:
         n, head = len(dx_nV), self.head

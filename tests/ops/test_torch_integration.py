@@ -166,6 +166,25 @@ def test_rows_per_chunk(n_rows, budget, expected):
     assert rows_per_chunk(n_rows, V, 8, budget) == expected
 
 
+@pytest.fixture
+def unwritten_memory_is_nan():
+    torch.use_deterministic_algorithms(True)  # torch.utils.deterministic.fill_uninitialized_memory is on by default
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("rows", [0, 7, N])
+def test_the_first_chunk_writes_the_gradient_of_the_weight(unwritten_memory_is_nan, rows):
+    assert torch.empty(3).isnan().all()
+    hidden, weight, batch = inputs()
+    hidden, batch = hidden[:rows], batch.rows(slice(rows))
+
+    def gradient(**options):
+        return torch.autograd.grad(ic.distrl_loss(hidden, weight, batch, CONFIG, **options).loss, weight)[0]
+
+    torch.testing.assert_close(gradient(max_buffer_bytes=4 * V * 5), gradient(backend="reference"))
+
+
 @pytest.mark.parametrize("rows", [7, 40, 1000])
 def test_buffers_fit_the_budget(rows):
     """Down to the smallest budget that holds a row of logits and a row of scratch."""

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import ipvrm_core
+from ipvrm_core.fused.head import default_buffer_bytes
 from ipvrm_core.trainer.commands import plan as command
 from ipvrm_core.trainer.commands.main import main
 from ipvrm_core.trainer.config import check, load
@@ -66,6 +68,21 @@ def test_the_tracker_counts_what_is_live():
         assert tracker.total == 4000
         tracker.restart()
         assert tracker.most == 4000
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_a_gpus_buffers_at_the_head_are_those_of_its_kind_of_head(trained):
+    """More rows of 6 bytes a logit than either budget holds; with a trained head dW is there besides."""
+    N, V = 8192, 151936
+    with FakeTensorMode(), Tracker(torch.device("cuda")) as tracker:
+        hidden, weight = torch.ones(N, 1, requires_grad=True), torch.ones(V, 1, requires_grad=trained)
+        numbers, weights = (torch.ones(N, 1) for _ in range(2)), torch.ones(2, N)
+        batch = ipvrm_core.PolicyBatch(torch.ones(N, 1).long(), *numbers, *weights)
+        before = tracker.total
+        ipvrm_core.distrl_loss(hidden, weight, batch)
+    buffers = tracker.most - before
+    expected = default_buffer_bytes(torch.device("cuda"), trained)
+    assert expected <= buffers <= expected + 2 * 4 * (N + V + N * 20)
 
 
 def test_weights_gradients_and_optimiser_by_hand():

@@ -84,5 +84,5 @@ def head_bytes(given: dict, device: torch.device) -> int:
     N, (V, D) = given["hidden"].shape[0], given["weight"].shape
     cuda = device.type == "cuda"
     upcast = 4 * V * D if given["weight"].itemsize < 4 and not cuda else 0
-    budget = default_buffer_bytes(device) if cuda else given["max_buffer_bytes"]
+    budget = default_buffer_bytes(device, given["weight"].requires_grad) if cuda else given["max_buffer_bytes"]
     return min(budget, N * V * (6 if cuda else 4)) + upcast
