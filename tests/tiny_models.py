@@ -2,10 +2,12 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 from tokenizers import Regex, pre_tokenizers
+from transformers import PretrainedConfig
 
 from ipvrm_core.trainer.config import Scratch
 from ipvrm_core.trainer.evaluation.token_scores import Scorer
@@ -103,3 +105,24 @@ def plain_scores(scorer: Scorer, ids: list[int], start: int, unseen: int | None 
     if scorer.kind == "log-ratio":
         return (ours - logprobs(scorer.reference)).numpy()
     return (ours * scorer.decay ** torch.arange(len(ours))).numpy()
+
+
+class _Table(torch.nn.Module):
+    """The next token's logits are a function of the tokens so far."""
+
+    def __init__(self, size: int, logits_of):
+        super().__init__()
+        self.config, self.logits_of = PretrainedConfig(), logits_of
+        self.head = torch.nn.Linear(size, size, bias=False)
+        torch.nn.init.eye_(self.head.weight)
+
+    def get_output_embeddings(self):
+        return self.head
+
+    def base_model(self, input_ids, attention_mask, use_cache):
+        return SimpleNamespace(last_hidden_state=torch.stack([self.logits_of(row) for row in input_ids]))
+
+
+def table(experiment, logits_of) -> LanguageModel:
+    """A language model by hand: logits_of(ids [L]) -> [L, V]."""
+    return experiment.language_model(_Table(len(experiment.text.tokenizer), logits_of))

@@ -1,7 +1,5 @@
 """Whether the reward model prefers the token that is due, on positions worked out by hand."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
@@ -9,29 +7,7 @@ from ipvrm_core.trainer.data.example import Example
 from ipvrm_core.trainer.evaluation.reward_model.candidate_credit import candidate_credit
 from ipvrm_core.trainer.sampling.base import Sample
 from ipvrm_core.trainer.truth import due_tokens
-
-
-class _Table(torch.nn.Module):
-    """A language model by hand: the next token's logits are a function of the last character and the position."""
-
-    def __init__(self, experiment, logits_of):
-        from transformers import PretrainedConfig
-
-        super().__init__()
-        self.config, self.logits_of = PretrainedConfig(), logits_of
-        size = len(experiment.text.tokenizer)
-        self.head = torch.nn.Linear(size, size, bias=False)
-        torch.nn.init.eye_(self.head.weight)
-
-    def get_output_embeddings(self):
-        return self.head
-
-    def base_model(self, input_ids, attention_mask, use_cache):
-        return SimpleNamespace(last_hidden_state=torch.stack([self.logits_of(row) for row in input_ids]))
-
-
-def _table(experiment, logits_of):
-    return experiment.language_model(_Table(experiment, logits_of))
+from tests.tiny_models import table
 
 
 def _digits(experiment, prefer: str | None):
@@ -76,8 +52,8 @@ def test_candidate_credit_by_hand(tiny_experiment):
         Sample(experiment.text.prompt_ids(example), experiment.text.answer_ids(text), [], True)
         for example, text in zip(examples, texts, strict=True)
     ]
-    policy = _table(experiment, _digits(experiment, None))
-    models = {prefer: _table(experiment, _digits(experiment, prefer)) for prefer in "54"}
+    policy = table(experiment, _digits(experiment, None))
+    models = {prefer: table(experiment, _digits(experiment, prefer)) for prefer in "54"}
     result = candidate_credit(experiment, policy, models, examples, samples)
     assert result["positions"] == 4
     assert result["chance"] == pytest.approx(0.5)
@@ -98,7 +74,7 @@ def test_candidate_credit_measures_the_advantage_not_the_probability(tiny_experi
             logits[:, experiment.text.tokenizer.convert_tokens_to_ids("4")] += nats
             return logits
 
-        return _table(experiment, logits_of)
+        return table(experiment, logits_of)
 
     models = {"less": leaning(1.0), "more": leaning(4.0)}
     result = candidate_credit(experiment, leaning(2.0), models, examples, samples)
@@ -110,12 +86,12 @@ def test_fixed_positions_with_another_reference(tiny_experiment):
     experiment = tiny_experiment()
     examples = [Example("a", "2+3?", "5")]
     samples = [Sample(experiment.text.prompt_ids(examples[0]), experiment.text.answer_ids("2+3=5;#5"), [], True)]
-    policy, sure, model = (_table(experiment, _digits(experiment, prefer)) for prefer in (None, "4", "4"))
+    policy, sure, model = (table(experiment, _digits(experiment, prefer)) for prefer in (None, "4", "4"))
     given = experiment, policy, {"model": model}, examples, samples
     assert candidate_credit(experiment, sure, {}, examples, samples) == {"positions": 0}
     fixed = candidate_credit(*given)
     assert (fixed["positions"], fixed["model"]) == (2, 0.0)  # beside the policy it prefers "4"
-    later = _table(experiment, lambda row: 2 * _digits(experiment, "4")(row))
+    later = table(experiment, lambda row: 2 * _digits(experiment, "4")(row))
     assert candidate_credit(*given, reference=later)["model"] == 1.0  # beside one that prefers "4" twice as much, "5"
 
 
@@ -123,5 +99,5 @@ def test_candidate_credit_without_positions(tiny_experiment):
     experiment = tiny_experiment()
     example = Example("a", "2+3?", "5")
     samples = [Sample(experiment.text.prompt_ids(example), experiment.text.answer_ids(";"), [], True)]
-    policy = _table(experiment, _digits(experiment, None))
+    policy = table(experiment, _digits(experiment, None))
     assert candidate_credit(experiment, policy, {}, [example], samples) == {"positions": 0}

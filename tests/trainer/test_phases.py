@@ -189,11 +189,22 @@ def test_evaluation_of_a_reward_model_after_its_updates(train, monkeypatch):
     _, folder = train(reward_model=_reward_model("before"), method={"online_reference": "sft"})
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").unlink()
-    config["eval"] |= {"best_of_n": [1, 2], "prompts": 24}
+    config["eval"] |= {"best_of_n": [1, 2], "prompts": 24, "choice_prompts": 12}
     experiment = Experiment(check(config), folder)
     evaluate.run(experiment)
     results = json.loads((folder / "eval/results.json").read_text())
-    assert set(results) == {"policy-start", "policy-x", "rm-prefix", "online-x"}
+    assert set(results) == {
+        "policy-start",
+        "policy-x",
+        "rm-prefix",
+        "online-x",
+        "choices-rm-prefix",
+        "choices-online-x",
+    }
+    first, last = results["choices-rm-prefix"], results["choices-online-x"]
+    assert min(first["positions"], last["positions"]) > 0
+    assert first["continuations"] >= 2 * 2 * first["positions"]
+    assert (first["td"], first["auc_td"]) != (last["td"], last["auc_td"])  # another policy, another reward model
     offline, online = results["rm-prefix"], results["online-x"]
     assert offline["candidate_credit"]["positions"] == online["candidate_credit"]["positions"]  # the same answers
     fixed = offline["candidate_credit_start"], online["candidate_credit_start"]

@@ -19,6 +19,10 @@ class Eval(Section):
     rank_prompts: Annotated[int, Field(ge=0)] = Field(
         0, description="answers that are cut and continued, to rank reward models by the outcomes; 0: none"
     )
+    choice_prompts: Annotated[int, Field(ge=0)] = Field(
+        0,
+        description="answers of which every candidate of one position is continued, to see whose end right; 0: none",
+    )
     best_of_n: list[Positive] = Field(
         [], description="N of best-of-N among the starting policy's answers, by every reward model; empty: none"
     )

@@ -14,6 +14,7 @@ from ipvrm_core.trainer.config.policy import Rl
 from ipvrm_core.trainer.config.reward_model import RewardModel
 from ipvrm_core.trainer.config.training import Generation, Rollout, Sft
 
+OF_TEST = ("benchmarks", "rank_prompts", "choice_prompts", "best_of_n")  # of the evaluation: they need [test]
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 
 
@@ -85,7 +86,7 @@ class Config(Section):
         }
         test = phases | {
             "the built-in task of [data]": self.task is not None,
-            **{f"eval.{name}": bool(getattr(self.eval, name)) for name in ("benchmarks", "rank_prompts", "best_of_n")},
+            **{f"eval.{name}": bool(getattr(self.eval, name)) for name in OF_TEST},
             "the evaluation (there are no reward models)": not self.rm,
         }
         for name, readers in (("data", data), ("test", test)):
@@ -151,7 +152,7 @@ class Config(Section):
         if rm.data.reference is None:
             return
         used = [key for key, rl in self.rl.items() if rl.reward_model and rl.reward_model.name == name]
-        if used or self.task or self.eval.rank_prompts or self.eval.best_of_n:
+        if used or self.task or self.eval.rank_prompts or self.eval.choice_prompts or self.eval.best_of_n:
             where = f"rl.{used[0]}" if used else "`ipvrm eval`"
             raise ValueError(
                 f"rm.{name}.data.reference must be left out: {where} takes the starting policy as the reference; "

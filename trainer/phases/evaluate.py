@@ -8,12 +8,14 @@ from pathlib import Path
 from tqdm import tqdm
 
 from ipvrm_core.trainer.evaluation.policy.accuracy import benchmark_accuracy, policy_accuracy
+from ipvrm_core.trainer.evaluation.reward_model.choices import Choice, choice_credit, sample_choices, td_errors
 from ipvrm_core.trainer.evaluation.reward_model.judge import judge
 from ipvrm_core.trainer.evaluation.reward_model.own_answers import OwnAnswers, sample_own
 from ipvrm_core.trainer.evaluation.reward_model.rank_analysis import continued_prefixes, rank_auc
 from ipvrm_core.trainer.evaluation.token_scores import Scorer
 from ipvrm_core.trainer.experiment import Experiment
 from ipvrm_core.trainer.files import read_json, write_json
+from ipvrm_core.trainer.language_model import LanguageModel
 from ipvrm_core.trainer.metrics import MetricsLog
 from ipvrm_core.trainer.phases.training import phase_folder
 from ipvrm_core.trainer.reward import needs_reference
@@ -46,21 +48,27 @@ def run(experiment: Experiment, resume: bool = False) -> None:
 
 
 def _jobs(experiment: Experiment) -> dict[str, Callable[[], dict]]:
-    """policy-<name>; rm-<name> as trained offline; online-<policy run>, its reward model afterwards; rank-<name>."""
+    """policy-<name>; rm-<name> as trained offline; online-<policy run>, its reward model afterwards; rank-<name>;
+    choices-rm-<name>, choices-online-<policy run>."""
     config, run = experiment.config, experiment.run
     jobs = {}
     if config.test:  # reward models on chats alone can do without
         jobs["policy-start"] = partial(_policy, experiment, None)
     jobs |= {f"policy-{name}": partial(_policy, experiment, run / "rl" / name / "model") for name in config.rl}
+    updated = [name for name, rl in config.rl.items() if rl.reward_model and rl.reward_model.update != "none"]
     if experiment.task or config.eval.best_of_n:
         own = cache(lambda: sample_own(experiment, experiment.start_policy().eval()))  # made when first asked for
         others = cache(lambda: _without_reward_model(experiment))
         jobs |= {f"rm-{name}": partial(_offline, experiment, name, own, others) for name in config.rm}
-        updated = [name for name, rl in config.rl.items() if rl.reward_model and rl.reward_model.update != "none"]
         jobs |= {f"online-{name}": partial(_online, experiment, name, own, others) for name in updated}
+    ratios = [name for name, settings in config.rm.items() if needs_reference(settings.build())]
     if config.eval.rank_prompts:
-        ranked = [name for name, settings in config.rm.items() if needs_reference(settings.build())]
-        jobs |= {f"rank-{name}": partial(_rank, experiment, run / "rm" / name / "model") for name in ranked}
+        jobs |= {f"rank-{name}": partial(_rank, experiment, run / "rm" / name / "model") for name in ratios}
+    if config.eval.choice_prompts:
+        first = cache(lambda: _choices(experiment, experiment.start_policy().eval()))
+        jobs |= {f"choices-rm-{name}": partial(_offline_choices, experiment, name, first) for name in ratios}
+        updated = [name for name in updated if config.rl[name].reward_model.name in ratios]
+        jobs |= {f"choices-online-{name}": partial(_online_choices, experiment, name) for name in updated}
     return jobs
 
 
@@ -105,6 +113,36 @@ def _rank(experiment: Experiment, path: Path) -> dict:
     examples = experiment.test_examples(experiment.config.eval.rank_prompts)
     beta, samples = experiment.config.rm[path.parent.name].build().beta, experiment.config.eval.samples
     return rank_auc(continued_prefixes(experiment, policy, scorer, examples, beta=beta, samples=samples))
+
+
+def _choices(experiment: Experiment, policy: LanguageModel) -> tuple[LanguageModel, list[Choice]]:
+    """The policy and what became of its choices."""
+    settings = experiment.config.eval
+    experiment.seed("eval", "choices")
+    return policy, sample_choices(
+        experiment, policy, experiment.test_examples(settings.choice_prompts), settings.samples
+    )
+
+
+def _offline_choices(
+    experiment: Experiment, name: str, first: Callable[[], tuple[LanguageModel, list[Choice]]]
+) -> dict:
+    policy, choices = first()
+    return _credit(experiment, experiment.run / "rm" / name / "model", name, policy, choices)
+
+
+def _online_choices(experiment: Experiment, name: str) -> dict:
+    """Of the trained policy, by its updated reward model against what its TD errors were differences to."""
+    rl, folder = experiment.config.rl[name], experiment.run / "rl" / name
+    policy, choices = _choices(experiment, experiment.load(folder / "model").eval())
+    reference = experiment.start_policy().eval() if rl.resolved().td_reference == "sft" else policy
+    return _credit(experiment, folder / "reward_model", rl.reward_model.name, reference, choices)
+
+
+def _credit(experiment: Experiment, path: Path, name: str, reference: LanguageModel, choices: list[Choice]) -> dict:
+    reward_model = experiment.load(path).eval()
+    beta = experiment.config.rm[name].build().beta
+    return choice_credit(choices, td_errors(choices, reward_model, reference, beta) if choices else [])
 
 
 def _short(result: dict) -> dict:

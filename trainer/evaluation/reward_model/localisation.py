@@ -1,7 +1,7 @@
 """Step localisation by the ProcessBench protocol: the first step whose score is below a threshold is called wrong.
 
 prediction = first step with score < threshold, else -1.  F1 = harmonic mean of the exact-match accuracy on erroneous
-and on correct traces (method: docs/method.md section 7).
+and on correct traces (method: docs/method.md, step localisation).
 
 Shape letters: R traces, C cuts (thresholds in ascending order).
 """

@@ -1,4 +1,4 @@
-"""Do V and the TD error of a prefix know how its continuations will end? (method: docs/method.md section 7)
+"""Do V and the TD error of a prefix know how its continuations will end?
 
 Answers of a policy are cut at fractions of their length, continued from there by the same policy, and verified. Each
 continuation is one case: its outcome against |V_t|, V_t, V_t / t and the TD error of the last token before the cut.
