@@ -60,7 +60,7 @@ def on_policy_distrl_loss(
     any aggregation but token_mean, which needs the candidates beforehand. reward_hidden [N, D'], reward_weight [V, D'],
     reward_bias [V] of the reward model, under the same temperature and soft cap. sigma: sigma_V > 0 of this batch, if
     it is known, or of the step before. The rule of the candidates is that of `select_candidates`. shard: of both heads;
-    max_buffer_bytes: for both together; see `distrl_loss`.
+    max_buffer_bytes: for both together, None for the default of each; see `distrl_loss`.
 
     Raises ValueError as those functions do, for a batch with candidates or old log-probs, and for sigma <= 0.
     Source: the paper, sections 3 and 4.
@@ -82,7 +82,7 @@ def on_policy_distrl_loss(
         raise ValueError(f"sigma must be > 0; got {sigma}")
     rule = {"p_min": p_min, "strict": strict, "top_k": top_k, "keep_sampled": keep_sampled, "exclude": exclude}
     checks.check_rule(rule, N, hidden)
-    budget = checks.checked_budget(max_buffer_bytes, hidden, weight)
+    budget = checks.checked_budget(max_buffer_bytes, hidden, weight) * (2 if max_buffer_bytes is None else 1)
     backend = resolve(backend, hidden, weight, bias)
     reward = RewardHead(reward_hidden.detach(), reward_weight.detach(), reward_bias, float(beta), sigma)
     if backend == "reference":

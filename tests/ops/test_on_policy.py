@@ -6,6 +6,8 @@ import pytest
 import torch
 
 import ipvrm_core as ic
+from ipvrm_core.fused import head
+from ipvrm_core.fused.head import Head
 from ipvrm_core.types import METRICS
 from tests.ops.problems import CONFIGS, DTYPES, Problem, make_problem
 
@@ -145,3 +147,16 @@ def test_a_batch_with_old_logprobs_is_refused():
     batch = replace(problem.batch, old_logprobs_NS=torch.zeros(N, 1))
     with pytest.raises(ValueError, match="no old log-probs"):
         ic.on_policy_distrl_loss(problem.hidden, problem.weight, batch, judge.hidden, judge.weight, BETA, SIGMA)
+
+
+def test_a_chunk_has_as_many_rows_as_that_of_one_head(monkeypatch):
+    """By default: the reward model's logits have memory of their own. A given budget is for both."""
+    rows = []
+    chunks = Head.chunks
+    monkeypatch.setattr(Head, "chunks", lambda head: rows.append(head.n) or chunks(head))
+    monkeypatch.setitem(head.DEFAULT_BUFFER_BYTES, "cpu", (6 * 10 * V, 6 * 10 * V))
+    problem, judge = make(torch.float32)
+    ic.distrl_loss(problem.hidden, problem.weight, problem.batch)
+    one_pass(problem, judge, CONFIGS["paper"], {})
+    one_pass(problem, judge, CONFIGS["paper"], {}, max_buffer_bytes=6 * 10 * V)
+    assert rows[0] == rows[1] > rows[2] >= 1
