@@ -77,16 +77,19 @@ def row_kernels(x_nV: Tensor) -> dict[str, tuple[Callable[..., object], int]]:
 
 
 def budgets(run: Run) -> Iterator[dict]:
-    """distrl_loss on a frozen head."""
-    for model in ("Qwen3-8B", "Qwen3-0.6B"):
+    """distrl_loss over its buffers; what the weight's gradient adds up to wants larger ones (fused/head.py)."""
+    for model, frozen in (("Qwen3-8B", True), ("Qwen3-8B", False), ("Qwen3-0.6B", True)):
+        case = f"max_buffer_bytes, {model} {'frozen' if frozen else 'trained'}"
         if run.late():
-            yield {"case": f"max_buffer_bytes, {model} frozen", "skipped": "no time left"}
-        else:
-            yield from _budgets(run, model)
+            yield {"case": case, "skipped": "no time left"}
+            continue
+        setting = Setting(model, (TOY_HEADS if run.toy else HEADS)[model], frozen=frozen)
+        for provider, row in _budgets(run, setting):
+            yield {"case": case, "provider": provider, **row}
 
 
-def _budgets(run: Run, model: str) -> Iterator[dict]:
-    problem = make_problem(Setting(model, (TOY_HEADS if run.toy else HEADS)[model]), run.device, run.dtype)
+def _budgets(run: Run, setting: Setting) -> Iterator[tuple[str, dict]]:
+    problem = make_problem(setting, run.device, run.dtype)
 
     def loss(mib: int) -> list[Tensor]:
         options = {"backend": run.backend, "max_buffer_bytes": mib << 20}
@@ -96,4 +99,4 @@ def _budgets(run: Run, model: str) -> Iterator[dict]:
 
     budgets_mib = TOY_BUDGETS_MIB if run.toy else BUDGETS_MIB
     for mib, row in run.measure({mib: partial(loss, mib) for mib in budgets_mib}).items():
-        yield {"case": f"max_buffer_bytes, {model} frozen", "provider": f"{mib} MiB", **row}
+        yield f"{mib} MiB", row
