@@ -1,6 +1,7 @@
 """A run without its models: folder, configuration, seeds and the streams of its data."""
 
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 
 import torch
@@ -15,11 +16,14 @@ from ipvrm_core.trainer.files import read_json, write_text
 from ipvrm_core.trainer.leakage import left_out
 from ipvrm_core.trainer.seeds import epoch_slice, stable_seed
 
+LATER = ("eval.rank_prompts", "eval.choice_prompts")  # each has results of its own, nothing else depends on them
+
 
 class Run:
     """Folder layout: config.json, inputs/, sft/, rollout/, rm/<name>/, rl/<name>/, eval/, report/.
 
-    A phase owns its folder. A run mixes neither two configurations nor two versions of its data, code or base model.
+    A phase owns its folder. A run mixes neither two configurations nor two versions of its data, code or base model;
+    only measurements that stand apart (`LATER`) can be asked for when it is done.
     """
 
     def __init__(self, config: Config, run: Path):
@@ -29,14 +33,16 @@ class Run:
         inputs.keep(self.run, inputs.data_inputs(config) | inputs.code_inputs(config))
 
     def _keep_config(self) -> None:
-        """The resolved configuration is written once."""
+        """The resolved configuration is written once, and again when it asks for a measurement that was not made."""
         path, text = self.run / "config.json", self.config.model_dump_json(indent=1) + "\n"
         if not path.exists():
             write_text(path, text)
             return
-        kept = configuration.check(read_json(path), str(path)).model_dump()
-        changed = sorted(_differing(kept, self.config.model_dump()))
-        if changed:
+        kept = configuration.check(read_json(path), str(path))
+        changed = sorted(_differing(kept.model_dump(), self.config.model_dump()))
+        if changed and all(name in LATER and not attrgetter(name)(kept) for name in changed):
+            write_text(path, text)
+        elif changed:
             raise ConfigError(
                 f"{self.run} was made with another configuration (differing: {', '.join(changed)}); "
                 "take a new --run folder, or the old settings"

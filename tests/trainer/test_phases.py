@@ -217,6 +217,25 @@ def test_evaluation_of_a_reward_model_after_its_updates(train, monkeypatch):
         assert shares == pytest.approx([row["average"]] * 3 + [shares[-1]])  # of one answer there is no choice
 
 
+def test_a_measurement_that_is_asked_for_later(train):
+    """What was there stays as it is. The number of prompts of one that was made cannot change any more."""
+    _, folder = train(reward_model=_reward_model("before"))
+    config = json.loads((folder / "config.json").read_text())
+    evaluate.run(Experiment(check(config), folder))
+    before = json.loads((folder / "eval/results.json").read_text())
+    config["eval"]["choice_prompts"] = 12
+    evaluate.run(Experiment(check(config), folder), resume=True)
+    results = json.loads((folder / "eval/results.json").read_text())
+    first, last = results.pop("choices-rm-prefix"), results.pop("choices-online-x")
+    assert results == before
+    assert min(first["positions"], last["positions"]) > 0
+    assert first["continuations"] >= 2 * 2 * first["positions"]
+    assert (first["td"], first["auc_td"]) != (last["td"], last["auc_td"])  # another policy, another reward model
+    config["eval"]["choice_prompts"] = 13
+    with pytest.raises(ConfigError, match=r"differing: eval.choice_prompts\)"):
+        Experiment(check(config), folder)
+
+
 def test_a_kill_between_the_two_models(train):
     """The reward model was saved, the policy not yet: the phase saves what is missing and leaves the other alone."""
     _, folder = train(reward_model=_reward_model("before"))

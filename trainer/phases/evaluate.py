@@ -26,11 +26,14 @@ Others = Callable[[], dict[str, OwnAnswers]]
 
 def run(experiment: Experiment, resume: bool = False) -> None:
     """Writes eval/<kind>-<name>.json for every job of `_jobs`, eval/results.json with all, a line of metrics each."""
-    folder = experiment.run / "eval"
-    with phase_folder(folder, "results.json", resume) as todo:
+    folder, jobs = experiment.run / "eval", _jobs(experiment)
+    whole = folder / "results.json"
+    if resume and whole.exists() and not jobs.keys() <= read_json(whole).keys():
+        whole.unlink()  # a measurement was asked for since
+    with phase_folder(folder, whole.name, resume) as todo:
         if not todo:
             return
-        results, jobs = {}, _jobs(experiment)
+        results: dict[str, dict] = {}
         if not jobs:
             tqdm.write("eval: nothing to evaluate: the configuration has no [test]")
         files = {name: folder / f"{name}.json" for name in jobs}
@@ -44,7 +47,7 @@ def run(experiment: Experiment, resume: bool = False) -> None:
                     write_json(files[name], result)
                 results[name] = read_json(files[name])
                 tqdm.write(f"eval {name}: {json.dumps(_short(results[name]))}")
-        write_json(folder / "results.json", results)
+        write_json(whole, results)
 
 
 def _jobs(experiment: Experiment) -> dict[str, Callable[[], dict]]:
