@@ -119,6 +119,9 @@ def evaluation(config) -> dict:
                 **{key: next(shares) for key in ("chance", "policy", "reward_model")},
             },
         }
+        choosers = {key: next(shares) for key in ("drawn", "policy", "td", "best")}
+        interval = {"gain": -0.0123, "gain_half_width": 0.0456}
+        results[f"choices-rm-{name}"] = {"positions": 201 + index, **choosers, **interval}
     return results
 
 
@@ -172,7 +175,9 @@ def test_whole_run_shows_every_number(config, whole):
     cells = {cell.strip() for cell in Page(text).cells}
 
     def numbers(value):
-        return [leaf for item in value.values() for leaf in numbers(item)] if isinstance(value, dict) else [value]
+        if not isinstance(value, dict):
+            return [value]
+        return [leaf for key, item in value.items() if not key.startswith("gain") for leaf in numbers(item)]
 
     for value in numbers(evaluation(config)):
         shown = f"{100 * value:.1f}" if 0 < value < 1 else number(value)
@@ -180,6 +185,7 @@ def test_whole_run_shows_every_number(config, whole):
     cost = ("28.2 s", "0.705", "740", "1.6 s", "0.520", "703")  # sum and median of seconds, largest memory; of rollout
     for shown in ("16,384", "44.4", "58.3", "16,301", "83", *cost):
         assert shown in cells
+    assert "\N{MINUS SIGN}1.2 ± 4.56" in cells
     assert "has not been run" not in text
     assert "is not finished" not in text
     assert "DistRL by sign, rm.implicit_prm, α = 1, GAE × 0.05" in text
@@ -311,8 +317,20 @@ def test_run_without_steps_or_tasks(tmp_path):
         {"name": "r", "model": {"path": "a/b"}, "data": {"path": "x"}, "test": {"path": "y"}, "rl": {"grpo": {}}}
     )
     policies = {f"policy-{name}": {"prompts": 9, "greedy": 0.5, "avg@4": 0.25} for name in ("start", "grpo")}
-    write_json(tmp_path / "eval" / "results.json", policies)
+    made = {
+        "positions": 7,
+        "drawn": 0.31,
+        "policy": 0.32,
+        "td": 0.33,
+        "best": 0.34,
+        "gain": 0.01,
+        "gain_half_width": None,
+    }
+    choices = {"choices-rm-a": {"positions": 0}, "choices-online-grpo": made}
+    write_json(tmp_path / "eval" / "results.json", policies | choices)
     text = build(config, tmp_path).read_text()
+    assert "rl.grpo, at its end</th><td>31.0</td><td>32.0</td><td>33.0</td><td>34.0</td>\n<td>+1.0</td>" in text
+    assert "rm.a" not in text
     assert "<p>a/b, float32. Trained on x, tested on y; verifier: math.</p>" in text
     assert "Supervised" not in text
     assert "all steps" not in text

@@ -133,6 +133,17 @@ def reward_models(run: Run) -> list[dict]:
     return rows
 
 
+def choices(run: Run) -> list[dict]:
+    """{"name", "result"} of every reward model whose choices were continued at any position."""
+    names = {"choices-rm-": "rm.{}", "choices-online-": "rl.{}, at its end"}
+    return [
+        {"name": name.format(key.removeprefix(kind)), "result": result}
+        for key, result in run.evaluation.items()
+        for kind, name in names.items()
+        if key.startswith(kind) and result["positions"]
+    ]
+
+
 def training(phases: list[Phase], loss: str, ends: tuple[str, ...] = ()) -> list[dict]:
     """First and last loss (the last as a mean over the smoothing window) and the last value of `ends`."""
     rows = []
