@@ -88,8 +88,9 @@ def _scale_(softmax: RowSoftmax, on_p_N1: Tensor, c_NK: Tensor) -> Tensor:
     """on_p / s. Rows where c / scale might overflow have no share in p that could be seen: there E is 0 and scale 1."""
     scale_N1 = on_p_N1 / softmax.sum_N1
     lost_N = (scale_N1.abs() <= _LEAST_SCALE * c_NK.abs().sum(-1, keepdim=True))[:, 0]
-    scale_N1[lost_N] = 1.0
-    softmax.exp_NV[lost_N] = 0.0
+    lost = lost_N.nonzero()[:, 0]  # as a mask it would cost a pass over all rows
+    scale_N1[lost] = 1.0
+    softmax.exp_NV.index_fill_(0, lost, 0.0)
     return scale_N1
 
 

@@ -182,7 +182,9 @@ def test_the_first_chunk_writes_the_gradient_of_the_weight(unwritten_memory_is_n
     def gradient(**options):
         return torch.autograd.grad(ic.distrl_loss(hidden, weight, batch, CONFIG, **options).loss, weight)[0]
 
-    torch.testing.assert_close(gradient(max_buffer_bytes=4 * V * 5), gradient(backend="reference"))
+    expected = gradient(backend="reference")
+    allowed = 1e-5 * expected.abs().max().item()  # of float32 sums in another order
+    torch.testing.assert_close(gradient(max_buffer_bytes=4 * V * 5), expected, rtol=1e-5, atol=allowed)
 
 
 @pytest.mark.parametrize("rows", [7, 40, 1000])
@@ -217,3 +219,20 @@ def test_backward_twice_gives_the_same_or_is_refused():
         return
     first, second = (torch.autograd.grad(loss, [hidden, weight], retain_graph=True) for _ in range(2))
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+    doubled = torch.autograd.grad(2 * loss, [hidden, weight], retain_graph=True)
+    torch.testing.assert_close(doubled, tuple(2 * grad for grad in first), rtol=0, atol=0)
+    first[1].zero_()  # the very memory that is kept where the upstream gradient is 1
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        torch.autograd.grad(loss, [hidden, weight])
+
+
+@pytest.mark.skipif(TRITON, reason="a second backward is refused")
+def test_what_is_kept_for_a_second_backward_is_not_added_to():
+    """Where the upstream gradient is 1 the kept memory is given out: to a parameter only as a copy."""
+    hidden, weight, batch = inputs()
+    loss = ic.distrl_loss(hidden, weight, batch).loss
+    loss.backward(retain_graph=True)
+    once = weight.grad.clone()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.testing.assert_close(weight.grad, 3 * once)
