@@ -9,11 +9,13 @@ For L = f(log p at ids, LSE, H) with c_k = dL/dlog p_k, S = sum_k c_k, g = dL/dL
 Shape letters: N rows (those of one chunk), B rows of the scratch buffer, V vocabulary, K ids a row.
 """
 
+from math import log
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+_LOG2_E = 1 / log(2)
 _LEAST_SCALE = 1e-20  # of sum_k |c_k|
 
 
@@ -42,13 +44,14 @@ def row_softmax_(z_NV: Tensor, scratch_BV: Tensor, ids_NK: Tensor) -> RowSoftmax
         x_BV = z_NV[rows]
         x_BV.sub_(torch.amax(x_BV, -1, keepdim=True, out=max_N1[rows]))
         logprobs_NK[rows] = x_BV.gather(1, ids_NK[rows].clamp(min=0))
-        weighted_BV = scratch_BV[: len(x_BV)].copy_(x_BV)
-        torch.sum(x_BV.exp_(), -1, keepdim=True, out=sum_N1[rows])
+        # exp2, since exp, which torch takes from MKL, was measured to be three times as slow on a processor of AMD's.
+        weighted_BV = torch.mul(x_BV, _LOG2_E, out=scratch_BV[: len(x_BV)])
+        torch.sum(torch.exp2(weighted_BV, out=x_BV), -1, keepdim=True, out=sum_N1[rows])
         # 0 * -inf is the only NaN that may be skipped: any other NaN is in the plain sum too.
         torch.nansum(weighted_BV.mul_(x_BV), -1, keepdim=True, out=weighted_N1[rows])
     log_sum_N1 = sum_N1.log()
     logprobs_NK.sub_(log_sum_N1).masked_fill_(ids_NK < 0, 0.0)
-    lse_N, entropy_N = (max_N1 + log_sum_N1)[:, 0], (log_sum_N1 - weighted_N1 / sum_N1)[:, 0]
+    lse_N, entropy_N = (max_N1 + log_sum_N1)[:, 0], (log_sum_N1 - weighted_N1 / (_LOG2_E * sum_N1))[:, 0]
     return RowSoftmax(z_NV, sum_N1, logprobs_NK, lse_N, entropy_N, max_N1[:, 0])
 
 
@@ -99,6 +102,7 @@ def _with_entropy_(softmax: RowSoftmax, scratch_BV: Tensor, on_p_N1: Tensor, gra
     for start in range(0, len(softmax.exp_NV), len(scratch_BV)):
         rows = slice(start, start + len(scratch_BV))
         exp_BV, sum_B1 = softmax.exp_NV[rows], softmax.sum_N1[rows]
-        weighted_BV = torch.xlogy(exp_BV, exp_BV, out=scratch_BV[: len(exp_BV)])
+        # A third of xlogy's time. The limit is below the log of any number, so that 0 log 0 is 0.
+        weighted_BV = torch.log(exp_BV, out=scratch_BV[: len(exp_BV)]).clamp_(min=-1000.0).mul_(exp_BV)
         exp_BV.mul_(on_p_N1[rows] / sum_B1).sub_(weighted_BV.mul_(grad_entropy_N1[rows] / sum_B1))
     return softmax.exp_NV
