@@ -100,7 +100,7 @@ def policy(run: Path, name: str, with_model: bool) -> None:
 def evaluation(config) -> dict:
     """Results whose numbers are all different, so that each can be looked for on the page."""
     noise = random.Random(0)
-    shares = iter(noise.sample([value / 1000 for value in range(100, 990)], 80))
+    shares = iter(noise.sample([value / 1000 for value in range(100, 990)], 100))
     results = {}
     for index, name in enumerate(["start", *config.rl]):
         names = ("greedy", "avg@8", "pass@8", "all_steps_greedy", "all_steps")
@@ -122,6 +122,8 @@ def evaluation(config) -> dict:
         choosers = {key: next(shares) for key in ("drawn", "policy", "td", "best")}
         interval = {"gain": -0.0123, "gain_half_width": 0.0456}
         results[f"choices-rm-{name}"] = {"positions": 201 + index, **choosers, **interval}
+        areas = {key: next(shares) for key in ("value", "mean", "abs_value", "td")}
+        results[f"rank-{name}"] = {"prefixes": 301 + index, **areas}
     return results
 
 
@@ -326,7 +328,7 @@ def test_run_without_steps_or_tasks(tmp_path):
         "gain": 0.01,
         "gain_half_width": None,
     }
-    choices = {"choices-rm-a": {"positions": 0}, "choices-online-grpo": made}
+    choices = {"choices-rm-a": {"positions": 0}, "choices-online-grpo": made, "rank-a": {"prefixes": 0}}
     write_json(tmp_path / "eval" / "results.json", policies | choices)
     text = build(config, tmp_path).read_text()
     assert "rl.grpo, at its end</th><td>31.0</td><td>32.0</td><td>33.0</td><td>34.0</td>\n<td>+1.0</td>" in text

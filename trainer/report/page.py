@@ -36,6 +36,7 @@ def build(config: Config, run: Path) -> Path:
         policies=tables.policies(data),
         reward_models=tables.reward_models(data),
         choices=tables.choices(data),
+        ranks=tables.ranks(data),
         sft_rows=tables.training([data.sft] if data.sft else [], "nll"),
         sft_pictures=_curves([data.sft] if data.sft else [], panels.SFT, folder, "sft"),
         rm_rows=tables.training(data.reward_models, "loss", ("held_out_auc", "held_out_auc_sum")),

@@ -144,6 +144,15 @@ def choices(run: Run) -> list[dict]:
     ]
 
 
+def ranks(run: Run) -> list[dict]:
+    """{"name", "result"} of every reward model whose prefixes were continued, with at least one prefix."""
+    return [
+        {"name": f"rm.{key.removeprefix('rank-')}", "result": result}
+        for key, result in run.evaluation.items()
+        if key.startswith("rank-") and result["prefixes"]
+    ]
+
+
 def training(phases: list[Phase], loss: str, ends: tuple[str, ...] = ()) -> list[dict]:
     """First and last loss (the last as a mean over the smoothing window) and the last value of `ends`."""
     rows = []
